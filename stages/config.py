@@ -1,0 +1,85 @@
+"""The configuration tree: one YAML file, one section a stage.
+
+Each section lives beside the stage that reads it; this file only puts them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from stages.bucket.config import BucketOverrides, BucketSection
+from stages.core import config as machinery
+from stages.core.config import Section
+from stages.core.store import StoreSection
+from stages.download.config import DownloadSection, Source
+from stages.embeds.config import EmbedsSection
+from stages.latents.config import LatentsSection
+from stages.models.config import ModelSection
+from stages.publish.config import PublishSection
+from stages.train.config import TrainSection, ValidationSection
+
+
+class DatasetSection(Section):
+    """One data set: where its images and captions are, and how it is cropped and repeated."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,47}$")
+    """Short unique name: lower-case letters, digits, '-' and '_'."""
+    source: Source
+    caption_strategy: Literal["filename", "textfile"] = "textfile"
+    """'textfile': a .txt beside the image with the same name; 'filename': the name itself, '_' read as a space."""
+    repeats: int = Field(default=0, ge=0)
+    """Extra passes over this data set in every epoch; 0 shows each image once."""
+    bucket: BucketOverrides = BucketOverrides()
+    """Fields of the `bucket` section that differ for this data set."""
+
+
+class Config(Section):
+    """A whole run: captioned images in, a published LoRA out."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,62}$")
+    """Name of the run and of its adapter: lower-case letters, digits, '-' and '_'."""
+    seed: int = Field(default=0, ge=0)
+    """Everything random in a run follows from this number."""
+    store: StoreSection = StoreSection()
+    model: ModelSection
+    datasets: list[DatasetSection] = Field(min_length=1)
+    download: DownloadSection = DownloadSection()
+    bucket: BucketSection = BucketSection()
+    latents: LatentsSection = LatentsSection()
+    embeds: EmbedsSection = EmbedsSection()
+    train: TrainSection = TrainSection()
+    validation: ValidationSection = ValidationSection()
+    publish: PublishSection
+
+    @model_validator(mode="after")
+    def _datasets_agree(self) -> Config:
+        ids = [dataset.id for dataset in self.datasets]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"datasets: the ids must differ, these are {ids}")
+        for dataset in self.datasets:
+            try:
+                dataset.bucket.applied_to(self.bucket)
+            except ValidationError as error:
+                reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                raise ValueError(f"datasets: {dataset.id}: {reason}") from None
+        return self
+
+    def dataset(self, dataset_id: str) -> DatasetSection:
+        for dataset in self.datasets:
+            if dataset.id == dataset_id:
+                return dataset
+        raise KeyError(dataset_id)
+
+
+def load_config(
+    path: str, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> Config:
+    """Reads a configuration file; see `stages.core.config.load`.
+
+    Raises:
+        ConfigError: in words that name the field.
+    """
+    return machinery.load(Config, path, overrides, environment)

@@ -1,0 +1,53 @@
+"""Being asked to leave: SIGTERM (spot eviction, `docker stop`, cancelling) and Ctrl-C as a flag, not as an exception.
+
+Work is only given up at places where everything finished is saved. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopFlag:
+    """Set by a signal (or by a test); looked at between units of work."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.reason = ""
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def set(self, reason: str) -> None:
+        self.reason = reason
+        self._event.set()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Turns the first SIGTERM or SIGINT into a set flag; the second one does what it always did.
+
+    Only the main thread of a process may take signals: elsewhere the flag is simply never set.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def take(number: int, frame: FrameType | None) -> None:
+        flag.set(signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, take)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

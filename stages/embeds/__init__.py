@@ -1,0 +1,1 @@
+"""embeds: every distinct caption through the three text encoders, once."""

@@ -1,0 +1,1 @@
+"""latents: cropped pictures through the VAE, one latent shard for each cropped shard."""

@@ -1,0 +1,276 @@
+"""The pipeline of a configuration: its nodes, what each will do and why, and how a node finds its inputs.
+
+Pure scheduling of nothing: who runs the nodes (the command line, a flow) calls `Pipeline.run_node` in `order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stages.config import Config
+from stages.core.artifact import CONTENT, Manifest
+from stages.core.errors import MissingInputError
+from stages.core.events import Reporter
+from stages.core.fingerprint import fingerprint
+from stages.core.preemption import StopFlag
+from stages.core.runner import Job, Slice, describe, execute
+from stages.core.stage import Inputs, Setting, Stage, explain_changes
+from stages.core.store import Store
+from stages.registry import STAGES
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage, for one data set or for all."""
+
+    stage: str
+    dataset: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage}[{self.dataset}]" if self.dataset else self.stage
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the plan says of a node. `fingerprint` is None while it depends on what an earlier node will make."""
+
+    node: Node
+    action: Literal["reuse", "run"]
+    reasons: list[str]
+    fingerprint: str | None
+
+
+@dataclass
+class Pipeline:
+    """A configuration's stages over a store.
+
+    Args:
+        config: the run.
+        store: opened from `config.store` where not given.
+        stages: the registry's, where a test does not bring its own.
+    """
+
+    config: Config
+    store: Store
+    stages: Sequence[Stage] = STAGES
+    _surroundings: dict[Node, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: Config) -> Pipeline:
+        return cls(config, Store(config.store))
+
+    # -- the graph ----------------------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> list[Node]:
+        """All nodes, each after the nodes that it reads from."""
+        return [node for stage in self.stages for node in self.nodes_of(stage.name)]
+
+    def nodes_of(self, stage_name: str) -> list[Node]:
+        if self.stage(stage_name).per_dataset:
+            return [Node(stage_name, dataset.id) for dataset in self.config.datasets]
+        return [Node(stage_name)]
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def setting(self, node: Node) -> Setting:
+        return Setting(self.config, self.store, self.config.dataset(node.dataset) if node.dataset else None)
+
+    def upstream(self, node: Node) -> list[Node]:
+        """The nodes that a node reads from, in the order of its needs."""
+        return list(dict.fromkeys(source for source, _ in self._edges(node)))
+
+    def _edges(self, node: Node) -> list[tuple[Node, str]]:
+        edges = []
+        for need in self.stage(node.stage).needs:
+            for source in self.nodes_of(need.stage):
+                if node.dataset is None or source.dataset in (None, node.dataset):
+                    edges.append((source, need.facet))
+        return edges
+
+    def downstream(self, node: Node) -> list[Node]:
+        """Every node that depends on this one, near or far."""
+        reached = {node}
+        for other in self.order:
+            if reached.intersection(self.upstream(other)):
+                reached.add(other)
+        return [other for other in self.order if other in reached and other != node]
+
+    # -- before a run -------------------------------------------------------------------------------------------------
+
+    def check(self, nodes: Sequence[Node] | None = None) -> None:
+        """Finds what is wrong with the settings before anything heavy starts.
+
+        Raises:
+            LoralineError: the first thing that is wrong.
+        """
+        self.store.probe()
+        for node in nodes if nodes is not None else self.order:
+            self.stage(node.stage).check(self.setting(node))
+
+    def spec(self, node: Node) -> dict[str, Any]:
+        """Settings and surroundings of a node; what had to be looked up is looked up once."""
+        stage, setting = self.stage(node.stage), self.setting(node)
+        if node not in self._surroundings:
+            self._surroundings[node] = stage.surroundings(setting)
+        return {**stage.settings(setting), **self._surroundings[node]}
+
+    def job(self, node: Node, manifests: Mapping[Node, Manifest]) -> Job:
+        """A node with its inputs resolved; `manifests` holds at least those of its upstream."""
+        digests = {f"{source.label}.{facet}": manifests[source].digest(facet) for source, facet in self._edges(node)}
+        inputs = Inputs({(source.stage, source.dataset): manifests[source] for source in self.upstream(node)})
+        return Job(self.stage(node.stage), self.setting(node), node.label, self.spec(node), inputs, digests)
+
+    def plan(self) -> list[Step]:
+        """What a run would do, node by node, and why. Reads sources and the store; changes nothing."""
+        steps: list[Step] = []
+        facets: dict[Node, dict[str, str]] = {}  # what is known of each node's output
+        for node in self.order:
+            stage, spec = self.stage(node.stage), self.spec(node)
+            edges = self._edges(node)
+            unknown = [source for source, facet in edges if facet not in facets[source]]
+            if unknown:
+                names = ", ".join(dict.fromkeys(source.label for source in unknown))
+                reasons = [*self._changes(node, spec, None), f"{names} will be made anew"]
+                steps.append(Step(node, "run", reasons, None))
+                facets[node] = stage.foretell(spec)
+                continue
+            digests = {f"{source.label}.{facet}": facets[source][facet] for source, facet in edges}
+            name = fingerprint(stage.name, stage.version, spec, digests)
+            manifest = self.store.manifest(stage.name, name)
+            gone = stage.still_there(self.setting(node), manifest) if manifest is not None else None
+            if manifest is not None and gone is None:
+                steps.append(Step(node, "reuse", [f"unchanged: {describe(manifest)}"], name))
+                facets[node] = {CONTENT: manifest.digest(), **manifest.facets}
+                continue
+            reasons = [gone] if gone else self._changes(node, spec, digests) or ["was not finished"]
+            steps.append(Step(node, "run", reasons, name))
+            facets[node] = stage.foretell(spec)
+        return steps
+
+    def _changes(self, node: Node, spec: dict[str, Any], digests: dict[str, str] | None) -> list[str]:
+        """What is different from the last time that this node was done under this configuration's name."""
+        stage = self.stage(node.stage)
+        last = self.store.get_json(self._last_path(node))
+        if last is None:
+            return ["first run"] if digests is not None else []
+        reasons = []
+        if last["version"] != stage.version:
+            reasons.append(f"stage version {last['version']} -> {stage.version}")
+        reasons += stage.explain(last["spec"], spec)
+        if digests is not None:
+            changed = explain_changes(last["inputs"], digests)
+            reasons += [text for text in changed if not text.endswith(" -> none")]
+        return reasons
+
+    # -- a run --------------------------------------------------------------------------------------------------------
+
+    def run_node(
+        self,
+        node: Node,
+        manifests: Mapping[Node, Manifest],
+        reporter: Reporter,
+        slice_: Slice | None = None,
+        merge_only: bool = False,
+        force: bool = False,
+        stop: StopFlag | None = None,
+    ) -> Manifest | None:
+        """Runs one node unless its artifact exists; `manifests` holds at least those of its upstream.
+
+        Before any work, and again with the new manifest, everything downstream may judge what is there so far, so that
+        a data set that is too small is an error now and not hours later.
+
+        Returns:
+            Its manifest; None after a slice.
+        """
+        job = self.job(node, manifests)
+        self._foresee(node, manifests)
+        reasons = [] if force else self._changes(node, job.spec, job.digests)
+        reason = "asked to (--force)" if force else "; ".join(reasons) or "was not finished"
+        manifest = execute(job, reporter, reason, slice_, merge_only, force, stop)
+        if manifest is not None:
+            self._remember(node, job, manifest)
+            self._foresee(node, {**manifests, node: manifest})
+        return manifest
+
+    def _foresee(self, node: Node, manifests: Mapping[Node, Manifest]) -> None:
+        done = Inputs({(source.stage, source.dataset): manifest for source, manifest in manifests.items()})
+        for later in [node, *self.downstream(node)]:
+            self.stage(later.stage).foresee(self.setting(later), done)
+
+    # -- finding inputs for a stage that runs alone -------------------------------------------------------------------
+
+    def find_inputs(self, node: Node, given: Mapping[str, str] | None = None) -> dict[Node, Manifest]:
+        """The manifests that a node reads, out of the store alone.
+
+        Args:
+            node: the node that is to run.
+            given: fingerprints by label ('bucket[photos]'), as an orchestrator passes them; for what is not given,
+                what this configuration's name made last is taken, if it was made with these settings and from the
+                newest inputs.
+
+        Raises:
+            MissingInputError: says which stage is to be run first, and why.
+        """
+        manifests: dict[Node, Manifest] = {}
+        for source in self.upstream(node):
+            self._find(source, given or {}, manifests, needed_by=node)
+        return manifests
+
+    def last(self, node: Node) -> Manifest | None:
+        """What this configuration's name made last at a node, whatever the settings were."""
+        record = self.store.get_json(self._last_path(node))
+        return self.store.manifest(node.stage, record["fingerprint"]) if record else None
+
+    def _find(self, node: Node, given: Mapping[str, str], found: dict[Node, Manifest], needed_by: Node) -> Manifest:
+        if node in found:
+            return found[node]
+        advice = f"run `loraline stage {node.stage}` first"
+        if node.label in given:
+            manifest = self.store.manifest(node.stage, given[node.label])
+            if manifest is None:
+                raise MissingInputError(
+                    f"{needed_by}: {self.store.url} has no {node.label} artifact {given[node.label][:12]}"
+                )
+            found[node] = manifest
+            return manifest
+        manifest = self.last(node)
+        if manifest is None:
+            raise MissingInputError(f"{needed_by} needs {node.label}, which is not in {self.store.url}: {advice}")
+        settings = self.stage(node.stage).settings(self.setting(node))
+        made_with = {key: manifest.spec.get(key) for key in settings}
+        if made_with != settings:
+            changes = "; ".join(self.stage(node.stage).explain(made_with, settings))
+            raise MissingInputError(f"{needed_by} needs {node.label}, made last with other settings ({changes}): {advice}")
+        for source, facet in self._edges(node):
+            newest = self._find(source, given, found, needed_by=node)
+            if manifest.inputs.get(f"{source.label}.{facet}") != newest.digest(facet):
+                raise MissingInputError(
+                    f"{needed_by} needs {node.label}, made last from an older {source.label}: {advice}"
+                )
+        found[node] = manifest
+        return manifest
+
+    def _last_path(self, node: Node) -> str:
+        return f"runs/{self.config.name}/last/{node.label}.json"
+
+    def _remember(self, node: Node, job: Job, manifest: Manifest) -> None:
+        record = {
+            "fingerprint": manifest.fingerprint,
+            "version": manifest.stage_version,
+            "spec": job.spec,
+            "inputs": job.digests,
+        }
+        path = self._last_path(node)
+        if self.store.get_json(path) != record:
+            self.store.put_json(path, record)

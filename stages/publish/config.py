@@ -1,0 +1,36 @@
+"""The `publish` section: where the adapter goes, and what its card says."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.core.config import Section
+
+
+class PublishSection(Section):
+    """Publishing. The Hub needs HF_TOKEN with write access in the environment."""
+
+    target: Literal["hub", "folder"] = "folder"
+    repo: str | None = Field(default=None, pattern=r"^[\w.\-]+/[\w.\-]+$")
+    """Hub model repository, 'owner/name'; created if it is not there."""
+    branch: str = "main"
+    private: bool = True
+    """Whether a repository that is created here is private."""
+    path: str | None = None
+    """Folder for the target 'folder'."""
+    license: str = "other"
+    """Licence on the card. Adapters of Stable Diffusion 3 follow the Stability Community License: 'other' links to it."""
+    trigger: str | None = None
+    """The word or words that call the new concept, named on the card."""
+    description: str = ""
+    """A paragraph for the card."""
+
+    @model_validator(mode="after")
+    def _target_is_named(self) -> PublishSection:
+        if self.target == "hub" and not self.repo:
+            raise ValueError("target 'hub' needs publish.repo: 'owner/name'")
+        if self.target == "folder" and not self.path:
+            raise ValueError("target 'folder' needs publish.path")
+        return self

@@ -1,0 +1,115 @@
+"""The `train` section (what is learned, and how) and the `validation` section (what is drawn along the way)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.core.config import Section
+
+BasePrecision = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto"]
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    rank: int = Field(default=16, ge=1, le=1024)
+    alpha: float | None = Field(default=None, gt=0)
+    """The adapter's output is scaled by alpha / rank; equal to `rank` when not given."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that is dropped while training."""
+    targets: list[str] = Field(default=["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+    """Names of the linear layers that get an adapter, matched as suffixes: the image stream's attention by default."""
+    exclude_blocks: list[int] = Field(default_factory=list)
+    """Indices of transformer blocks that get none."""
+
+
+class SigmaSection(Section):
+    """How the noise level sigma in (0, 1] is drawn (Esser et al. 2024, section 3.1; see docs/train.md)."""
+
+    sampling: Literal["logit_normal", "uniform", "mode", "beta"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0)
+    mode_scale: float = Field(default=1.29, ge=-1.0, le=1.75)
+    beta_alpha: float = Field(default=2.0, gt=0)
+    beta_beta: float = Field(default=2.0, gt=0)
+    shift: float | Literal["auto"] = 3.0
+    """sigma' = s sigma / (1 + (s - 1) sigma); 3 is Stable Diffusion 3's, 'auto' grows with the picture's size."""
+
+    @model_validator(mode="after")
+    def _shift_is_positive(self) -> SigmaSection:
+        if isinstance(self.shift, float) and self.shift <= 0:
+            raise ValueError("shift: give a number above 0 (1 does not shift), or 'auto'")
+        return self
+
+
+class EvaluationSection(Section):
+    """Held-out loss: the same pictures, noise and sigmas every time, so that the curve compares."""
+
+    share: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the samples that is held out of training, chosen by their digests; 0 turns the evaluation off."""
+    max_samples: int = Field(default=64, ge=1)
+    """At most this many are held out."""
+    sigmas: int = Field(default=4, ge=1)
+    """Noise levels that each is judged at, evenly spread over (0, 1) before the shift."""
+    every: int = Field(default=100, ge=1)
+    """Steps between evaluations; there is one before the first step and one after the last."""
+
+
+class TrainSection(Section):
+    """LoRA training by flow matching."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimiser steps."""
+    train_batch_size: int = Field(default=1, ge=1)
+    """Pictures in one forward pass; all of one bucket."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes in one optimiser step."""
+    base_model_precision: BasePrecision = "int8-quanto"
+    """How the frozen base's linear weights are held; 'no_change' leaves them in `mixed_precision`'s type."""
+    quantize_exclude: list[str] = Field(default=["proj_out"])
+    """Names (fnmatch patterns) of layers that are left unquantised."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Type of the base's weights and activations: 'no' is fp32. The adapter and the loss are always fp32."""
+    lora: LoraSection = LoraSection()
+    learning_rate: float = Field(default=1e-4, gt=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(default=1e-2, ge=0)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    objective: Literal["velocity", "x0"] = "velocity"
+    """'velocity': mean squared error of the velocity; 'x0': the same times sigma squared, as diffusers' script trains."""
+    sigmas: SigmaSection = SigmaSection()
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples that are shown with the empty caption."""
+    gradient_checkpointing: bool = True
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    shuffle_shards: int = Field(default=64, ge=1)
+    """Samples are shuffled within windows of this many shards (of a shuffled list); small data sets are shuffled whole."""
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints. A run that was cut off goes on from its last one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older checkpoints are deleted."""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', ..."""
+
+
+class ValidationSection(Section):
+    """Pictures that are drawn before training, along the way and after it, always from the same seeds."""
+
+    prompts: list[str] = Field(default_factory=list)
+    """Give prompts that hold the new concept; none draws nothing."""
+    negative_prompt: str = ""
+    guidance_scale: float = Field(default=3.0, ge=0)
+    inference_steps: int = Field(default=28, ge=1)
+    width: int = Field(default=1024, ge=16)
+    height: int = Field(default=1024, ge=16)
+    seed: int = 0
+    every: int = Field(default=500, ge=1)
+    """Steps between rounds of pictures."""
