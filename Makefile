@@ -1,0 +1,41 @@
+# make demo   the whole pipeline on the embedded data and the embedded tiny model, through Prefect
+# make test   the test suite
+# make check  what CI runs: lint, types, tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# One thread a process: two OpenMP threads on a busy machine can be ten times slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint types check install bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml docker/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint docker/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint docker/constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/demo/make_dataset.py .loraline/demo-images
+	$(BIN)/loraline run --config examples/demo/config.yaml
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .loraline build *.egg-info
