@@ -24,7 +24,7 @@ from stages.config import Config, load_config
 from stages.core.console import ConsoleReporter
 from stages.core.errors import ConfigError, LoralineError
 from stages.core.events import JsonLines, Reporter, StageFailed
-from stages.core.preemption import stop_on_signals
+from stages.core.preemption import die_with_parent, stop_on_signals
 from stages.core.runner import Slice
 from stages.pipeline import Node, Pipeline
 from stages.registry import STAGES
@@ -107,6 +107,7 @@ def stage(
     events: EventsOption = Events.console,
 ) -> None:
     """Runs one stage alone, from what is in the store. This is what a container runs."""
+    die_with_parent()
     with told_kindly(), reporting(events) as reporter, stop_on_signals() as stop:
         pipeline = Pipeline.open(load_config(config, sets or []))
         nodes = _nodes(pipeline, name, dataset)

@@ -158,6 +158,10 @@ class Pipeline:
             facets[node] = stage.foretell(spec)
         return steps
 
+    def changes(self, node: Node, job: Job) -> list[str]:
+        """Why a node is not in the store: what is different from the last time, in words."""
+        return self._changes(node, job.spec, job.digests)
+
     def _changes(self, node: Node, spec: dict[str, Any], digests: dict[str, str] | None) -> list[str]:
         """What is different from the last time that this node was done under this configuration's name."""
         stage = self.stage(node.stage)
@@ -195,11 +199,11 @@ class Pipeline:
         """
         job = self.job(node, manifests)
         self._foresee(node, manifests)
-        reasons = [] if force else self._changes(node, job.spec, job.digests)
+        reasons = [] if force else self.changes(node, job)
         reason = "asked to (--force)" if force else "; ".join(reasons) or "was not finished"
         manifest = execute(job, reporter, reason, slice_, merge_only, force, stop)
         if manifest is not None:
-            self._remember(node, job, manifest)
+            self.remember(node, manifest)
             self._foresee(node, {**manifests, node: manifest})
         return manifest
 
@@ -264,12 +268,14 @@ class Pipeline:
     def _last_path(self, node: Node) -> str:
         return f"runs/{self.config.name}/last/{node.label}.json"
 
-    def _remember(self, node: Node, job: Job, manifest: Manifest) -> None:
+    def remember(self, node: Node, manifest: Manifest) -> None:
+        """Notes what was made (or found) last under this configuration's name: for explanations, and for stages that
+        run alone."""
         record = {
             "fingerprint": manifest.fingerprint,
             "version": manifest.stage_version,
-            "spec": job.spec,
-            "inputs": job.digests,
+            "spec": manifest.spec,
+            "inputs": manifest.inputs,
         }
         path = self._last_path(node)
         if self.store.get_json(path) != record:

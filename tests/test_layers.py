@@ -72,4 +72,4 @@ def test_nothing_reads_pickles_or_runs_remote_code() -> None:
         for path in modules(folder):
             text = path.read_text(encoding="utf-8")
             for word in ("import pickle", "torch.load(", "torch.save(", "trust_remote_code=True", "eval("):
-                assert word not in text.replace(".eval(", ""), f"{path.relative_to(ROOT)}: {word}"
+                assert word not in text.replace(".eval(", "").replace("safetensors.torch.load(", ""), f"{path}: {word}"

@@ -5,11 +5,19 @@ Work is only given up at places where everything finished is saved. A second sig
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+# Set by whoever starts a stage as its child: the child is then asked to stop when that process dies, however it dies.
+DIE_WITH_PARENT = "LORALINE_DIE_WITH_PARENT"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class StopFlag:
@@ -51,3 +59,9 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the parent process is gone (Linux), if the parent wished so."""
+    if os.environ.get(DIE_WITH_PARENT) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

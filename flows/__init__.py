@@ -1,0 +1,1 @@
+"""Prefect, and only here: the pipeline as a flow. `flows` imports `stages`, never the reverse."""

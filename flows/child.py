@@ -1,0 +1,134 @@
+"""A stage in a process of its own: the same command line that a person or a container runs, and its events.
+
+A process a stage frees all of its memory at the end, lets latents and embeds really run side by side, and makes an
+out-of-memory kill an exit code instead of the end of the flow.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.config import Config
+from stages.core.errors import (
+    ConfigError,
+    InputError,
+    LoralineError,
+    MissingInputError,
+    PreemptedError,
+    StoreError,
+    TransientError,
+)
+from stages.core.preemption import DIE_WITH_PARENT
+from stages.core.events import Message, Reporter, StageFailed, event_from_json
+from stages.pipeline import Node
+
+_ERRORS: dict[int, type[LoralineError]] = {
+    error.exit_code: error
+    for error in (ConfigError, InputError, MissingInputError, StoreError, TransientError, PreemptedError)
+}
+_running: set[subprocess.Popen[str]] = set()
+# The engine that runs a flow is killed 30 s after SIGTERM: a checkpoint has this long.
+GRACE_S = 25
+
+
+def run_stage(
+    node: Node, config: Config, inputs: Mapping[str, str], reporter: Reporter, force: bool = False
+) -> None:
+    """Runs one node as `loraline stage` in a child process and passes its events on.
+
+    Args:
+        node: the stage and its data set.
+        config: the run's configuration, resolved; handed over as a file that only this user can read.
+        inputs: fingerprints of the artifacts to read, by node label.
+        reporter: hears the child's events.
+        force: make everything again.
+
+    Raises:
+        LoralineError: of the kind that the child's exit code names, with its message.
+    """
+    with tempfile.TemporaryDirectory(prefix="loraline-run-") as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(config.model_dump_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "stages.cli", "stage", node.stage, "--config", str(path), "--events", "json"]
+        if node.dataset:
+            command += ["--dataset", node.dataset]
+        for label, fingerprint in inputs.items():
+            command += ["--input", f"{label}={fingerprint}"]
+        if force:
+            command.append("--force")
+        # The file is the whole truth: overrides from the environment are in it already.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("LORALINE__")}
+        environment[DIE_WITH_PARENT] = "1"
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+        )
+        _running.add(process)
+        tail: collections.deque[str] = collections.deque(maxlen=20)
+        listener = threading.Thread(target=_keep_tail, args=(process, tail), daemon=True)
+        listener.start()
+        failure: StageFailed | None = None
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = event_from_json(line)
+                if isinstance(event, StageFailed):
+                    failure = event
+                elif event is not None:
+                    reporter.emit(event)
+                elif line.strip():
+                    reporter.emit(Message(node.label, "info", line.rstrip()))
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+        finally:
+            _running.discard(process)
+            listener.join(timeout=5)
+    if code != 0:
+        raise _error(node, code, failure, list(tail))
+
+
+def _keep_tail(process: subprocess.Popen[str], tail: collections.deque[str]) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        tail.append(line.rstrip())
+
+
+def stop_all() -> None:
+    """Ends every stage that this process runs, politely: each saves what it has."""
+    processes = list(_running)
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in processes:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """SIGTERM, time to save, then SIGKILL."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _error(node: Node, code: int, failure: StageFailed | None, tail: list[str]) -> LoralineError:
+    if failure is not None:
+        return _ERRORS.get(code, LoralineError)(failure.error)
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory? the kernel ends the largest process)" if -code == signal.SIGKILL else ""
+        return TransientError(f"{node}: the stage's process was ended by {name}{hint}")
+    told = "\n  ".join(line for line in tail if line.strip())
+    return _ERRORS.get(code, LoralineError)(f"{node}: exit code {code}\n  {told}")

@@ -1,0 +1,62 @@
+"""`loraline run`: the whole pipeline as a Prefect flow, from a terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from stages.cli import ConfigOption, SetOption, told_kindly
+from stages.config import load_config
+from stages.core.console import ConsoleReporter
+from stages.core.events import StageReused
+from stages.pipeline import Pipeline
+from stages.report.build import report_place
+
+
+def run(
+    config: ConfigOption,
+    sets: SetOption = None,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", help="Make this stage again, whatever the store holds; may be repeated.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log lines too.")] = False,
+) -> None:
+    """Runs the whole pipeline through Prefect; redoes only what is not in the store."""
+    with told_kindly():
+        loaded = load_config(config, sets or [])
+        pipeline = Pipeline.open(loaded)
+        console = Console(stderr=True)
+        has_server = bool(os.environ.get("PREFECT_API_URL"))
+        if not has_server and not force:
+            steps = pipeline.plan()
+            place = report_place(pipeline)
+            if place and all(step.action == "reuse" for step in steps):
+                # Without a server nobody would ever see the flow run: starting one only to skip everything is a wait.
+                with ConsoleReporter(console) as reporter:
+                    for step in steps:
+                        reporter.emit(StageReused(step.node.label, "; ".join(step.reasons)))
+                console.print(f"\nNothing to do. Report: [bold]{escape(place)}[/]")
+                return
+        os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        os.environ.setdefault("DO_NOT_TRACK", "1")
+        if not verbose:
+            os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+        # Prefect takes seconds to import and reads its settings then: `plan` and `stage` do without.
+        from flows.pipeline import pipeline_flow  # noqa: PLC0415
+        from flows.reporting import shown_on  # noqa: PLC0415
+
+        # `docker stop` and spot evictions send SIGTERM: the flow's stages get to save what they have.
+        signal.signal(signal.SIGTERM, _leave)
+        with ConsoleReporter(console) as reporter, shown_on(reporter):
+            place = pipeline_flow(loaded.model_dump(mode="json"), force or [])
+        console.print(f"\nReport: [bold]{escape(place)}[/]")
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
