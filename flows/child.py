@@ -26,8 +26,8 @@ from stages.core.errors import (
     StoreError,
     TransientError,
 )
+from stages.core.events import Message, Reporter, StageFailed, StageFinished, StageReused, event_from_json
 from stages.core.preemption import DIE_WITH_PARENT
-from stages.core.events import Message, Reporter, StageFailed, event_from_json
 from stages.pipeline import Node
 
 _ERRORS: dict[int, type[LoralineError]] = {
@@ -41,7 +41,7 @@ GRACE_S = 25
 
 def run_stage(
     node: Node, config: Config, inputs: Mapping[str, str], reporter: Reporter, force: bool = False
-) -> None:
+) -> str:
     """Runs one node as `loraline stage` in a child process and passes its events on.
 
     Args:
@@ -51,6 +51,8 @@ def run_stage(
         reporter: hears the child's events.
         force: make everything again.
 
+    Returns:
+        The fingerprint of the artifact that it made (or found).
     Raises:
         LoralineError: of the kind that the child's exit code names, with its message.
     """
@@ -75,6 +77,7 @@ def run_stage(
         listener = threading.Thread(target=_keep_tail, args=(process, tail), daemon=True)
         listener.start()
         failure: StageFailed | None = None
+        fingerprint = ""
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -83,6 +86,8 @@ def run_stage(
                     failure = event
                 elif event is not None:
                     reporter.emit(event)
+                    if isinstance(event, StageFinished | StageReused):
+                        fingerprint = event.fingerprint
                 elif line.strip():
                     reporter.emit(Message(node.label, "info", line.rstrip()))
             code = process.wait()
@@ -94,6 +99,9 @@ def run_stage(
             listener.join(timeout=5)
     if code != 0:
         raise _error(node, code, failure, list(tail))
+    if not fingerprint:
+        raise LoralineError(f"{node}: ended without saying what it made")
+    return fingerprint
 
 
 def _keep_tail(process: subprocess.Popen[str], tail: collections.deque[str]) -> None:

@@ -68,10 +68,11 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
             return Completed(name="Reused", message=f"in the store: {describe(found)}", data=found.reference())
         reasons = "asked to" if force else "; ".join(pipeline.changes(node, job)) or "was not finished"
         given = {name: reference.fingerprint for name, reference in upstream.items()}
-        run_stage(node, pipeline.config, given, reporter, force)
-        made = job.lookup()
+        # Not job.fingerprint: a source may have moved on since this process looked at it.
+        fingerprint = run_stage(node, pipeline.config, given, reporter, force)
+        made = pipeline.store.manifest(node.stage, fingerprint)
         if made is None:
-            raise LoralineError(f"{label}: ended well, but its artifact {job.fingerprint[:12]} is not in the store")
+            raise LoralineError(f"{label}: ended well, but its artifact {fingerprint[:12]} is not in the store")
     except LoralineError as error:
         reporter.emit(StageFailed(label, str(error), error.transient))
         note("failed", str(error))
@@ -101,7 +102,8 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
         LoralineError: names every stage that failed.
     """
     pipeline = Pipeline.open(Config.model_validate(config))
-    pipeline.check()
+    # Everything that will run is checked before the first of it does: a wrong setting of the last stage is found now.
+    pipeline.check([step.node for step in pipeline.plan() if step.action == "run"])
     futures: dict[Node, PrefectFuture[Any]] = {}
     try:
         for node in pipeline.order:

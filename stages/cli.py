@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ from stages.core.errors import ConfigError, LoralineError
 from stages.core.events import JsonLines, Reporter, StageFailed
 from stages.core.preemption import die_with_parent, stop_on_signals
 from stages.core.runner import Slice
+from stages.core.stage import MapStage
 from stages.pipeline import Node, Pipeline
 from stages.registry import STAGES
 
@@ -112,14 +114,29 @@ def stage(
         pipeline = Pipeline.open(load_config(config, sets or []))
         nodes = _nodes(pipeline, name, dataset)
         inputs = dict(_pair(text) for text in given or [])
-        pipeline.check(nodes)
+        share = _slice(slice_)
+        if (share or merge) and not isinstance(pipeline.stage(name), MapStage):
+            raise ConfigError(f"{name} works on everything at once: --slice and --merge are for " + _map_stages())
+        if share and (merge or force):
+            raise ConfigError("--slice makes a share of the shards, --merge puts them together, --force starts over: one at a time")
         for node in nodes:
-            try:
+            with failure_told(node, reporter):
                 manifests = pipeline.find_inputs(node, inputs)
-                pipeline.run_node(node, manifests, reporter, _slice(slice_), merge, force, stop)
-            except LoralineError as error:
-                reporter.emit(StageFailed(node.label, str(error), error.transient))
-                raise
+                pipeline.run_node(node, manifests, reporter, share, merge, force, stop)
+
+
+@app.command()
+def report(
+    config: ConfigOption,
+    sets: SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the page to this file.")] = None,
+) -> None:
+    """Writes report.html from what is in the store, without running anything."""
+    from stages.report.build import records_in_store, write_report  # noqa: PLC0415 (jinja2: only here)
+
+    with told_kindly():
+        pipeline = Pipeline.open(load_config(config, sets or []))
+        print(write_report(pipeline, records_in_store(pipeline), copy_to=out))
 
 
 @app.command()
@@ -153,6 +170,10 @@ def _nodes(pipeline: Pipeline, name: str, dataset: str | None) -> list[Node]:
     return chosen
 
 
+def _map_stages() -> str:
+    return ", ".join(entry.name for entry in STAGES if isinstance(entry, MapStage))
+
+
 def _pair(text: str) -> tuple[str, str]:
     label, equals, fingerprint = text.partition("=")
     if not equals:
@@ -168,6 +189,17 @@ def _slice(text: str | None) -> Slice | None:
         return Slice(int(index), int(count))
     except ValueError as error:
         raise ConfigError(f"--slice {text}: write it as I/N, such as 0/4 ({error})") from None
+
+
+@contextmanager
+def failure_told(node: Node, reporter: Reporter) -> Iterator[None]:
+    """A program that listens to events hears of the failure too; a person reads the message that `told_kindly` prints."""
+    try:
+        yield
+    except LoralineError as error:
+        if isinstance(reporter, JsonLines):
+            reporter.emit(StageFailed(node.label, str(error), error.transient))
+        raise
 
 
 @contextmanager
@@ -205,6 +237,9 @@ def main() -> None:
     # Tokenizers fork-warn, and progress bars of libraries would break ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # They warn about torchvision, which nothing here needs, at every import.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     _load_commands()
     app()
 

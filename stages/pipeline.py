@@ -109,7 +109,7 @@ class Pipeline:
     # -- before a run -------------------------------------------------------------------------------------------------
 
     def check(self, nodes: Sequence[Node] | None = None) -> None:
-        """Finds what is wrong with the settings before anything heavy starts.
+        """Finds what is wrong with the settings of some nodes (all, by default) before anything heavy starts.
 
         Raises:
             LoralineError: the first thing that is wrong.
@@ -199,6 +199,8 @@ class Pipeline:
         """
         job = self.job(node, manifests)
         self._foresee(node, manifests)
+        if force or (not merge_only and job.lookup() is None):
+            self.check([node])
         reasons = [] if force else self.changes(node, job)
         reason = "asked to (--force)" if force else "; ".join(reasons) or "was not finished"
         manifest = execute(job, reporter, reason, slice_, merge_only, force, stop)

@@ -77,21 +77,21 @@ class ConsoleReporter:
                 self._line("✘", "bold red", event.stage, event.error)
             case Message():
                 style = _STYLES[event.level]
-                self.console.print(f"  {event.stage:<18} {escape(event.text)}", style=style, highlight=False)
+                self.console.print(f"  {escape(f'{event.stage:<18}')} {escape(event.text)}", style=style, highlight=False, soft_wrap=True)
             case Metric():
                 pass  # the progress bar's note carries the latest numbers
             case Picture():
-                self.console.print(f"  {event.stage:<18} picture: {escape(event.path)}", style="dim", highlight=False)
+                self.console.print(f"  {escape(f'{event.stage:<18}')} picture: {escape(event.caption)}", style="dim", highlight=False)
 
     def _line(self, mark: str, style: str, stage: str, text: str) -> None:
-        self.console.print(f"[{style}]{mark}[/] {stage:<18} {escape(text)}", highlight=False)
+        self.console.print(f"[{style}]{mark}[/] {escape(f'{stage:<18}')} {escape(text)}", highlight=False, soft_wrap=True)
 
     def _show_progress(self, event: Progress) -> None:
         key = (event.stage, event.task)
         rate = f"{event.rate:.1f} {event.unit}/s" if event.rate else ""
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(
-                event.task, total=event.total, stage=event.stage, rate=rate, note=event.note
+                event.task, total=event.total, stage=escape(event.stage), rate=rate, note=event.note
             )
         self._bars.update(self._tasks[key], completed=event.done, total=event.total, rate=rate, note=event.note)
 

@@ -30,14 +30,18 @@ class StageReused:
 
     stage: str
     reason: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class StageFinished:
+    """`fingerprint` names the artifact; it is empty after a slice, which makes none."""
+
     stage: str
     seconds: float
     summary: str
     counts: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def execute(
     """
     found = None if force else job.lookup()
     if found is not None:
-        reporter.emit(StageReused(job.label, describe(found)))
+        reporter.emit(StageReused(job.label, describe(found), found.fingerprint))
         return found
     warning = job.setting.store.probe()
     started = time.monotonic()
@@ -120,7 +120,8 @@ def execute(
         else:
             output = job.stage.run(context, job.inputs)
     manifest = job.setting.store.commit(_manifest(job, output, time.monotonic() - started))
-    reporter.emit(StageFinished(job.label, manifest.duration_s, describe(manifest), manifest.counts))
+    seconds = time.monotonic() - started
+    reporter.emit(StageFinished(job.label, seconds, describe(manifest), manifest.counts, manifest.fingerprint))
     return manifest
 
 

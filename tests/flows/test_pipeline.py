@@ -1,0 +1,106 @@
+"""The pipeline as a real Prefect flow against a real Prefect server, over the real stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.pipeline import pipeline_flow
+from stages.config import Config
+from stages.core.errors import LoralineError
+from stages.core.events import Recorder, StageFinished, StageReused
+from stages.pipeline import Pipeline
+from tests.pictures import draw_pictures, small_config
+
+pytestmark = pytest.mark.slow
+ALL = ["download[blots]", "bucket[blots]", "latents[blots]", "embeds", "train", "publish"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return small_config(tmp_path, draw_pictures(tmp_path / "images"))
+
+
+def run(config: Config, force: list[str] | None = None) -> tuple[str, Recorder]:
+    from flows.reporting import shown_on  # noqa: PLC0415
+
+    recorder = Recorder()
+    with shown_on(recorder):
+        place = pipeline_flow(config.model_dump(mode="json"), force or [])
+    return place, recorder
+
+
+def reused(recorder: Recorder) -> set[str]:
+    return {event.stage for event in recorder.events if isinstance(event, StageReused)}
+
+
+def finished(recorder: Recorder) -> set[str]:
+    return {event.stage for event in recorder.events if isinstance(event, StageFinished)}
+
+
+def test_the_whole_pipeline_then_nothing_then_only_what_changed(config: Config, tmp_path: Path) -> None:
+    place, recorder = run(config)
+    assert finished(recorder) == set(ALL)
+    assert "<html" in Path(place).read_text(encoding="utf-8")
+    assert (tmp_path / "published" / "pytorch_lora_weights.safetensors").exists()
+
+    _, recorder = run(config)
+    assert reused(recorder) == set(ALL)
+    assert finished(recorder) == set()
+
+    changed = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 5e-4})})
+    plan = {step.node.label: (step.action, "; ".join(step.reasons)) for step in Pipeline.open(changed).plan()}
+    assert {label for label, (action, _) in plan.items() if action == "run"} == {"train", "publish"}
+    assert "learning_rate 0.0001 -> 0.0005" in plan["train"][1]
+    _, recorder = run(changed)
+    assert finished(recorder) == {"train", "publish"}
+
+    states = _task_states()
+    assert {"Reused", "Completed"} <= states
+
+
+def _task_states() -> set[str]:
+    with get_client(sync_client=True) as client:
+        return {task_run.state.name for task_run in client.read_task_runs() if task_run.state}
+
+
+def test_a_caption_and_an_image_redo_what_they_touch(config: Config, tmp_path: Path) -> None:
+    run(config)
+    (tmp_path / "images" / "picture-001.txt").write_text("a different blot", encoding="utf-8")
+    expected = {"download[blots]", "embeds", "train", "publish"}
+    assert {step.node.label for step in Pipeline.open(config).plan() if step.action == "run"} == expected
+    _, recorder = run(config)
+    assert finished(recorder) == expected
+    draw_pictures(tmp_path / "images", 1, start=50)
+    assert {step.node.label for step in Pipeline.open(config).plan() if step.action == "run"} == set(ALL)
+    _, recorder = run(config)
+    assert finished(recorder) == set(ALL)
+
+
+def test_a_failure_names_its_stage_and_the_report_tells_it(config: Config, tmp_path: Path) -> None:
+    broken = config.model_copy(update={"train": config.train.model_copy(update={"train_batch_size": 64})})
+    with pytest.raises(LoralineError, match=r"bucket\[blots\]"):
+        run(broken)
+    html = (tmp_path / "store" / "runs" / "small" / "report.html").read_text(encoding="utf-8")
+    assert "not run" in html.lower()
+    records = sorted((tmp_path / "store" / "runs" / "small" / "history").glob("*/*.json"))
+    actions = {json.loads(path.read_text())["label"]: json.loads(path.read_text())["action"] for path in records}
+    assert actions["download[blots]"] == "ran"
+    assert "train" not in actions
+
+
+def test_force_makes_a_stage_again(config: Config) -> None:
+    run(config)
+    _, recorder = run(config, force=["bucket"])
+    assert finished(recorder) == {"bucket[blots]"}
