@@ -29,9 +29,11 @@ class BucketSection(Section):
     minimum_image_size: float = Field(default=0.0, ge=0)
     """Smaller originals are refused; 0 takes all (small ones are enlarged)."""
     maximum_image_size: float | None = Field(default=None, gt=0)
-    """Larger originals are first scaled down to `target_downsample_size`, so that a crop shows more of the picture."""
+    """Larger originals are scaled to `target_downsample_size` before they are cropped; all others, and all where this
+    is not given, are scaled so that the crop just fits into them and shows as much of the picture as it can."""
     target_downsample_size: float | None = Field(default=None, gt=0)
-    """See `maximum_image_size`."""
+    """Above `resolution`, the crop of a picture that is larger than `maximum_image_size` is a part of it, in more
+    detail; the same as `resolution`, it makes no difference. Goes with `maximum_image_size`."""
     maximum_aspect: float = Field(default=4.0, ge=1)
     """Pictures longer than this (long edge to short edge) are refused."""
     alignment: int | None = Field(default=None, ge=1)
@@ -47,11 +49,13 @@ class BucketSection(Section):
             raise ValueError("maximum_image_size and target_downsample_size only work together: give both or neither")
         if self.maximum_image_size is not None and self.target_downsample_size is not None:
             if self.target_downsample_size > self.maximum_image_size:
-                raise ValueError("target_downsample_size is larger than maximum_image_size: nothing would be scaled down")
+                raise ValueError("target_downsample_size is larger than maximum_image_size: pictures would be enlarged")
             if self.target_downsample_size < self.resolution:
-                raise ValueError("target_downsample_size is smaller than resolution: pictures would be enlarged again")
+                raise ValueError("target_downsample_size is smaller than resolution: no crop would fit")
         if self.resolution_type == "area" and not 0.001 <= self.resolution <= 20:
-            raise ValueError(f"resolution: {self.resolution} megapixels; give 0.001 to 20, or resolution_type: pixel_area")
+            raise ValueError(
+                f"resolution: {self.resolution} megapixels; give 0.001 to 20, or resolution_type pixel_area"
+            )
         if self.resolution_type != "area" and not 16 <= self.resolution <= 4096:
             raise ValueError(f"resolution: {self.resolution} pixels; give 16 to 4096, or resolution_type: area")
         return self

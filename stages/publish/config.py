@@ -21,7 +21,7 @@ class PublishSection(Section):
     path: str | None = None
     """Folder for the target 'folder'."""
     license: str = "other"
-    """Licence on the card. Adapters of Stable Diffusion 3 follow the Stability Community License: 'other' links to it."""
+    """Licence on the card. With 'other', the card of an adapter of a stabilityai model links to that licence."""
     trigger: str | None = None
     """The word or words that call the new concept, named on the card."""
     description: str = ""
