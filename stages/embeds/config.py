@@ -22,3 +22,5 @@ class EmbedsSection(Section):
     """Captions encoded at once. Does not change the output beyond rounding."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', 'cuda:1', ..."""
+    workers: int = Field(default=1, ge=1)
+    """Machines that share this stage, where each has a deployment of its own (`flow.executor: deployment`)."""

@@ -1,0 +1,94 @@
+"""The stage `latents` against its floor: the VAE in a loop on tensors that are ready.
+
+Run it with `python -m benchmarks.latents [--items 96] [--rounds 3] [--json result.json]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import floor as bench
+from stages.config import Config
+from stages.core.artifact import Manifest, Shard
+from stages.core.fingerprint import canonical_json, digest_bytes
+from stages.core.shard import ShardWriter
+from stages.core.store import Store
+from stages.latents.stage import LatentsStage
+from stages.models.device import pick_device
+from stages.models.source import ModelSource
+from stages.models.vae import encode, load_vae, to_pixels
+
+EDGE = 192
+SHARD_SAMPLES = 48
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    ramp_HW1 = np.linspace(0, 200, EDGE)[:, None, None] * np.linspace(0.3, 1, EDGE)[None, :, None]
+    noise = [generator.integers(0, 50, (EDGE, EDGE, 3)) for _ in range(min(count, 16))]
+    return [(ramp_HW1 + noise[index % len(noise)]).astype(np.uint8) for index in range(count)]
+
+
+def cropped(config: Config, folder: Path, count: int) -> Manifest:
+    """What the bucket stage would have made of `count` pictures."""
+    store, shards = Store(config.store), []
+    for start in range(0, count, SHARD_SAMPLES):
+        samples = min(SHARD_SAMPLES, count - start)
+        path = folder / "shard.tar"
+        with ShardWriter(path) as writer:
+            for index, pixels_HWC in enumerate(pictures(samples), start):
+                file = io.BytesIO()
+                Image.fromarray(pixels_HWC).save(file, "PNG", compress_level=1)
+                geometry = {"image_sha256": digest_bytes(str(index).encode())}
+                writer.write(f"picture-{index:07}", {"png": file.getvalue(), "json": canonical_json(geometry).encode()})
+        blob = store.put_file(path)
+        shards.append(Shard(**blob.model_dump(), name=f"shard-{start}", samples=samples, bucket=(EDGE, EDGE)))
+    return Manifest(
+        stage="bucket", dataset="pictures", fingerprint="0" * 64, stage_version=1, spec={}, inputs={}, shards=shards
+    )
+
+
+def main() -> None:
+    options = bench.arguments(__doc__ or "", 96, "picture")
+    with bench.folder() as name:
+        folder = Path(name)
+        section = {"batch_size": options.batch_size, "device": options.device}
+        config = bench.config_in(folder, options.model, latents=section)
+        upstream = cropped(config, folder, options.items)
+        if options.peak:
+            bench.run_stage(LatentsStage(), config, upstream)
+            print(bench.peak_mb())
+            return
+        bench.report("latents", "picture", options, measured(options, config, upstream))
+
+
+def measured(options: argparse.Namespace, config: Config, upstream: Manifest) -> dict[str, object]:
+    device = pick_device(options.device)
+    source = ModelSource(config.model, Store(config.store))
+    vae = load_vae(source, torch.float32, device)
+    rgb_BHWC = torch.from_numpy(np.stack(pictures(options.items)))
+    ready = [to_pixels(part, torch.float32, device) for part in rgb_BHWC.split(options.batch_size)]
+
+    def floor() -> None:
+        for pixels_BCHW in ready:
+            encode(vae, pixels_BCHW, "mode", []).cpu()
+
+    result = bench.compare(
+        options.rounds,
+        lambda: bench.run_stage(LatentsStage(), config, upstream),
+        lambda: load_vae(source, torch.float32, device),
+        floor,
+    )
+    result["peak_mb"] = bench.peak_of("benchmarks.latents", options, options.items)
+    result["peak_10x_mb"] = bench.peak_of("benchmarks.latents", options, 10 * options.items)
+    return result
+
+
+if __name__ == "__main__":
+    main()

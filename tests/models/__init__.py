@@ -1,0 +1,1 @@
+"""Tests of loading and quantising the model."""
