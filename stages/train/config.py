@@ -24,6 +24,11 @@ class LoraSection(Section):
     exclude_blocks: list[int] = Field(default_factory=list)
     """Indices of transformer blocks that get none."""
 
+    @property
+    def scaled_alpha(self) -> float:
+        """Alpha, with its default filled in."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
 
 class SigmaSection(Section):
     """How the noise level sigma in (0, 1] is drawn (Esser et al. 2024, section 3.1; see docs/train.md)."""
@@ -49,11 +54,11 @@ class EvaluationSection(Section):
 
     share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the samples that is held out of training, chosen by their digests; 0 turns the evaluation off."""
-    max_samples: int = Field(default=64, ge=1)
-    """At most this many are held out."""
+    max_samples: int = Field(default=16, ge=1)
+    """At most this many are held out. Each costs `sigmas` forward passes an evaluation."""
     sigmas: int = Field(default=4, ge=1)
     """Noise levels that each is judged at, evenly spread over (0, 1) before the shift."""
-    every: int = Field(default=100, ge=1)
+    every: int = Field(default=250, ge=1)
     """Steps between evaluations; there is one before the first step and one after the last."""
 
 
@@ -83,14 +88,14 @@ class TrainSection(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them."""
     objective: Literal["velocity", "x0"] = "velocity"
-    """'velocity': mean squared error of the velocity; 'x0': the same times sigma squared, as diffusers' script trains."""
+    """'velocity': mean squared error of the velocity; 'x0': that times sigma squared, as diffusers' script trains."""
     sigmas: SigmaSection = SigmaSection()
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples that are shown with the empty caption."""
     gradient_checkpointing: bool = True
     """Recompute each block in the backward pass instead of keeping its activations."""
     shuffle_shards: int = Field(default=64, ge=1)
-    """Samples are shuffled within windows of this many shards (of a shuffled list); small data sets are shuffled whole."""
+    """Samples are shuffled within windows of this many shards (of a shuffled list); small data sets as a whole."""
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints. A run that was cut off goes on from its last one."""

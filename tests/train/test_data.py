@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.core.errors import InputError
+from stages.train import draws
+from stages.train.data import READ_AHEAD, Batch, ReadAhead, Shelf, TextEmbeddings, TrainingData, read_entries
+from tests.train.conftest import T5
+
+CPU = torch.device("cpu")
+
+
+def data_of(made: Any, held_out: set[str] | None = None, dtype: torch.dtype = torch.float32) -> TrainingData:
+    entries = read_entries(made.store, made.inputs.all("download"), made.inputs.all("latents"))
+    text = TextEmbeddings(made.store, made.inputs.one("embeds"), T5)
+    return TrainingData(made.store, entries, text, held_out or set(), CPU, dtype, 4)
+
+
+@pytest.mark.parametrize("stored", [T5, 2])
+def test_a_batch_is_what_was_stored(make: Any, stored: int) -> None:
+    """T5 features that were stored short (their padding is zero) get it back; CLIP's are padded to T5's width."""
+    made = make({(64, 48): 5, (48, 48): 2}, t5_stored=stored)
+    data = data_of(made)
+    batch = data.read([(1, 0), (0, 2)], lambda key: key.startswith("64x48_2"))
+    assert batch.keys == ["64x48_3-0123456789", "64x48_2-0123456789"]
+    for row, key in enumerate(batch.keys):
+        tokens, pooled = made.texts["" if row == 1 else made.captions[key]]
+        assert torch.equal(batch.latents_BCHW[row], made.latents[key])
+        assert torch.equal(batch.text_BLD[row], tokens)
+        assert torch.equal(batch.pooled_BD[row], pooled)
+    half = data_of(made, dtype=torch.bfloat16).read([(2, 0)])
+    assert half.text_BLD.dtype == torch.bfloat16
+    assert half.latents_BCHW.dtype == torch.float32, "noise is added in fp32"
+
+
+def test_a_caption_that_was_never_encoded(make: Any) -> None:
+    made = make({(64, 48): 2})
+    made.inputs.one("embeds").shards.clear()
+    with pytest.raises(InputError, match=r"no text embedding for 64x48_0-0123456789 of data set one.*embeds --force"):
+        data_of(made)
+
+
+def test_a_latent_that_the_download_does_not_know(make: Any) -> None:
+    made = make({(64, 48): 2})
+    shard = made.inputs.one("download").shards[0]
+    shard.sidecars["captions"] = made.store.put_bytes(b"", ".jsonl")
+    with pytest.raises(InputError, match=r"latents\[one\] has 64x48_0-0123456789, which download\[one\] does not know"):
+        data_of(made)
+
+
+def test_the_shelf_puts_back_what_was_used_longest_ago(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make({(64, 48): 12})
+    entries = read_entries(made.store, made.inputs.all("download"), made.inputs.all("latents"))
+    fetched: list[str] = []
+    real = made.store.fetch
+    monkeypatch.setattr(made.store, "fetch", lambda shard: (fetched.append(shard.name), real(shard))[1])
+    shelf = Shelf(made.store, entries, 2)
+    for number in (0, 1, 0, 2, 0, 1):
+        assert shelf.take(number).keys == entries[number].keys
+    shelf.close()
+    assert fetched == [entries[number].shard.name for number in (0, 1, 2, 1)]
+
+
+def test_reading_ahead_is_in_order_and_bounded() -> None:
+    made: list[int] = []
+    taken: list[int] = []
+
+    def make_one(number: int) -> Batch:
+        made.append(number)
+        return Batch([str(number)], torch.zeros(0), torch.zeros(0), torch.zeros(0))
+
+    with ReadAhead(make_one, 3, 9) as ahead:
+        for batch in ahead:
+            taken.append(int(batch.keys[0]))
+            assert len(made) <= len(taken) + READ_AHEAD + 1
+    assert taken == made == [3, 4, 5, 6, 7, 8]
+
+
+def test_an_error_while_reading_ahead_arrives() -> None:
+    def fails(number: int) -> Batch:
+        raise InputError(f"batch {number}")
+
+    with ReadAhead(fails, 0, 5) as ahead, pytest.raises(InputError, match="batch 0"):
+        next(ahead)
+
+
+def test_chance_is_even_and_repeats() -> None:
+    hits = [draws.chance(0.25, 0, "caption", step, "key") for step in range(4000)]
+    assert sum(hits) == pytest.approx(1000, abs=4 * (4000 * 0.25 * 0.75) ** 0.5)
+    assert hits == [draws.chance(0.25, 0, "caption", step, "key") for step in range(4000)]
+    assert not draws.chance(0.0, "x")
+    assert draws.chance(1.0, "x")
