@@ -112,7 +112,7 @@ def setting_in(folder: Path, workers: int) -> Setting:
             "store": {"url": f"file://{folder}/store", "cache_dir": f"{folder}/cache"},
             "model": {"pretrained_model_name_or_path": "not looked at"},
             "datasets": [{"id": "photos", "source": {"type": "local", "path": str(folder)}}],
-            "bucket": {"resolution": EDGE, "resolution_type": "pixel_area", "alignment": 64, "workers": workers},
+            "bucket": {"resolution": EDGE, "resolution_type": "pixel_area", "alignment": 64, "processes": workers},
             "publish": {"target": "folder", "path": str(folder)},
         }
     )

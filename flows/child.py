@@ -28,6 +28,7 @@ from stages.core.errors import (
 )
 from stages.core.events import Message, Reporter, StageFailed, StageFinished, StageReused, event_from_json
 from stages.core.preemption import DIE_WITH_PARENT
+from stages.core.runner import Slice
 from stages.pipeline import Node
 
 _ERRORS: dict[int, type[LoralineError]] = {
@@ -40,7 +41,13 @@ GRACE_S = 25
 
 
 def run_stage(
-    node: Node, config: Config, inputs: Mapping[str, str], reporter: Reporter, force: bool = False
+    node: Node,
+    config: Config,
+    inputs: Mapping[str, str],
+    reporter: Reporter,
+    force: bool = False,
+    share: Slice | None = None,
+    merge: bool = False,
 ) -> str:
     """Runs one node as `loraline stage` in a child process and passes its events on.
 
@@ -50,9 +57,11 @@ def run_stage(
         inputs: fingerprints of the artifacts to read, by node label.
         reporter: hears the child's events.
         force: make everything again.
+        share: for a map stage, only this share of its units.
+        merge: for a map stage, only put finished shares together.
 
     Returns:
-        The fingerprint of the artifact that it made (or found).
+        The fingerprint of the artifact that it made (or found); empty after a share.
     Raises:
         LoralineError: of the kind that the child's exit code names, with its message.
     """
@@ -66,6 +75,10 @@ def run_stage(
             command += ["--input", f"{label}={fingerprint}"]
         if force:
             command.append("--force")
+        if share:
+            command += ["--slice", str(share)]
+        if merge:
+            command.append("--merge")
         # The file is the whole truth: overrides from the environment are in it already.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LORALINE__")}
         environment[DIE_WITH_PARENT] = "1"
@@ -99,7 +112,7 @@ def run_stage(
             listener.join(timeout=5)
     if code != 0:
         raise _error(node, code, failure, list(tail))
-    if not fingerprint:
+    if not fingerprint and share is None:
         raise LoralineError(f"{node}: ended without saying what it made")
     return fingerprint
 

@@ -18,17 +18,17 @@ from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from flows.child import run_stage, stop_all
+from flows.dispatch import cancel_all, dispatch
 from flows.reporting import reporter_for_run
 from stages.config import Config
 from stages.core.artifact import ArtifactRef, Manifest
 from stages.core.errors import LoralineError
-from stages.core.events import StageFailed, StageReused
-from stages.core.runner import describe
+from stages.core.events import Reporter, StageFailed, StageReused
+from stages.core.runner import Job, Slice, describe
 from stages.pipeline import Node, Pipeline
 from stages.report.build import write_report
 from stages.report.record import Action, RunRecord
 
-RETRIES = 2
 RETRY_DELAYS_S = exponential_backoff(backoff_factor=10)
 
 
@@ -40,7 +40,6 @@ def _is_worth_a_retry(task_: Task[Any, Any], run: TaskRun, state: State[Any]) ->
 
 @task(
     task_run_name="{label}",
-    retries=RETRIES,
     retry_delay_seconds=RETRY_DELAYS_S,
     retry_jitter_factor=0.5,
     retry_condition_fn=_is_worth_a_retry,
@@ -50,7 +49,7 @@ def _is_worth_a_retry(task_: Task[Any, Any], run: TaskRun, state: State[Any]) ->
 def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactRef], force: bool) -> State[ArtifactRef]:
     """One stage: looked up in the store, and run in a process of its own where it is not there."""
     pipeline = Pipeline.open(Config.model_validate(config))
-    node = next(node for node in pipeline.order if node.label == label)
+    node = pipeline.node(label)
     reporter, started_at = reporter_for_run(), time.time()
 
     def note(action: Action, reason: str, manifest: Manifest | None = None) -> None:
@@ -68,17 +67,35 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
             return Completed(name="Reused", message=f"in the store: {describe(found)}", data=found.reference())
         reasons = "asked to" if force else "; ".join(pipeline.changes(node, job)) or "was not finished"
         given = {name: reference.fingerprint for name, reference in upstream.items()}
-        # Not job.fingerprint: a source may have moved on since this process looked at it.
-        fingerprint = run_stage(node, pipeline.config, given, reporter, force)
-        made = pipeline.store.manifest(node.stage, fingerprint)
-        if made is None:
-            raise LoralineError(f"{label}: ended well, but its artifact {fingerprint[:12]} is not in the store")
+        made = _make(pipeline, node, job, given, reporter, force)
     except LoralineError as error:
         reporter.emit(StageFailed(label, str(error), error.transient))
         note("failed", str(error))
         raise
     note("ran", reasons, made)
     return Completed(message=describe(made), data=made.reference())
+
+
+def _make(
+    pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], reporter: Reporter, force: bool
+) -> Manifest:
+    """Has a stage made by the executor that the configuration names for it; its manifest."""
+    config = pipeline.config
+    if config.flow.executor_of(node.stage) == "inline":
+        # Not job.fingerprint: a source may have moved on since this process looked at it.
+        fingerprint = run_stage(node, config, given, reporter, force)
+        made = pipeline.store.manifest(node.stage, fingerprint)
+    else:
+        values, name = config.model_dump(mode="json"), config.flow.deployment.format(stage=node.stage)
+        workers = pipeline.workers(node)
+        shares = [Slice(index, workers) for index in range(workers)] if workers > 1 and not force else [None]
+        dispatch(node, job.fingerprint, values, given, reporter, name, shares, force)
+        if shares != [None]:
+            run_stage(node, config, given, reporter, merge=True)
+        made = job.lookup() or pipeline.last(node)
+    if made is None:
+        raise LoralineError(f"{node}: ended well, but its artifact is not in {pipeline.store.url}")
+    return made
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
@@ -105,13 +122,15 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
     # Everything that will run is checked before the first of it does: a wrong setting of the last stage is found now.
     pipeline.check([step.node for step in pipeline.plan() if step.action == "run"])
     futures: dict[Node, PrefectFuture[Any]] = {}
+    task_ = stage_task.with_options(retries=pipeline.config.flow.retries)
     try:
         for node in pipeline.order:
             upstream = {source.label: futures[source] for source in pipeline.upstream(node)}
-            futures[node] = stage_task.submit(node.label, config, upstream, node.stage in (force or []))
+            futures[node] = task_.submit(node.label, config, upstream, node.stage in (force or []))
         for future in futures.values():
             future.wait()
     except BaseException:  # cancelled, terminated or interrupted: the stages save what they have
+        cancel_all()
         stop_all()
         raise
     failures: dict[Node, str] = {}

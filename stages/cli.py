@@ -114,7 +114,7 @@ def stage(
         pipeline = Pipeline.open(load_config(config, sets or []))
         nodes = _nodes(pipeline, name, dataset)
         inputs = dict(_pair(text) for text in given or [])
-        share = _slice(slice_)
+        share = Slice.parse(slice_) if slice_ else None
         if (share or merge) and not isinstance(pipeline.stage(name), MapStage):
             raise ConfigError(f"{name} works on everything at once: --slice and --merge are for " + _map_stages())
         if share and (merge or force):
@@ -179,16 +179,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise ConfigError(f"--input {text}: write it as STAGE=FINGERPRINT, such as bucket[photos]=3f2a...")
     return label, fingerprint
-
-
-def _slice(text: str | None) -> Slice | None:
-    if text is None:
-        return None
-    index, _, count = text.partition("/")
-    try:
-        return Slice(int(index), int(count))
-    except ValueError as error:
-        raise ConfigError(f"--slice {text}: write it as I/N, such as 0/4 ({error})") from None
 
 
 @contextmanager

@@ -36,6 +36,26 @@ class DatasetSection(Section):
     """Fields of the `bucket` section that differ for this data set."""
 
 
+Executor = Literal["inline", "deployment"]
+
+
+class FlowSection(Section):
+    """How an orchestrator runs the stages. Nothing in here changes what they make."""
+
+    executor: Executor = "inline"
+    """'inline': each stage in a process beside the flow; 'deployment': each through its own deployment, on the work pool,
+    image and hardware that are named there."""
+    executors: dict[str, Executor] = Field(default_factory=dict)
+    """Stages that are run differently: {latents: deployment, train: deployment} keeps the rest inline."""
+    deployment: str = "stage/{stage}"
+    """Name of a stage's deployment, as 'flow/deployment'."""
+    retries: int = Field(default=2, ge=0)
+    """How often a stage is tried again after a transient failure. Wrong settings and bad data are never tried again."""
+
+    def executor_of(self, stage: str) -> Executor:
+        return self.executors.get(stage, self.executor)
+
+
 class Config(Section):
     """A whole run: captioned images in, a published LoRA out."""
 
@@ -53,6 +73,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     validation: ValidationSection = ValidationSection()
     publish: PublishSection
+    flow: FlowSection = FlowSection()
 
     @model_validator(mode="after")
     def _datasets_agree(self) -> Config:

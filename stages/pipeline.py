@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from stages.config import Config
 from stages.core.artifact import CONTENT, Manifest
-from stages.core.errors import MissingInputError
+from stages.core.errors import ConfigError, MissingInputError
 from stages.core.events import Reporter
 from stages.core.fingerprint import fingerprint
 from stages.core.preemption import StopFlag
 from stages.core.runner import Job, Slice, describe, execute
-from stages.core.stage import Inputs, Setting, Stage, explain_changes
+from stages.core.stage import Inputs, MapStage, Setting, Stage, explain_changes
 from stages.core.store import Store
 from stages.registry import STAGES
 
@@ -83,8 +83,24 @@ class Pipeline:
                 return stage
         raise KeyError(name)
 
+    def node(self, label: str) -> Node:
+        """The node of that label.
+
+        Raises:
+            ConfigError: this configuration has none.
+        """
+        for node in self.order:
+            if node.label == label:
+                return node
+        raise ConfigError(f"{label}: no such stage; there are {', '.join(node.label for node in self.order)}")
+
     def setting(self, node: Node) -> Setting:
         return Setting(self.config, self.store, self.config.dataset(node.dataset) if node.dataset else None)
+
+    def workers(self, node: Node) -> int:
+        """How many machines share a map stage: its section's `workers`; 1 for every other stage."""
+        section = getattr(self.config, node.stage, None)
+        return int(getattr(section, "workers", 1)) if isinstance(self.stage(node.stage), MapStage) else 1
 
     def upstream(self, node: Node) -> list[Node]:
         """The nodes that a node reads from, in the order of its needs."""

@@ -41,8 +41,8 @@ def small_config(folder: Path, images: Path, **changes: Any) -> Config:
         "store": {"url": f"file://{folder}/store", "cache_dir": str(folder / "cache")},
         "model": {"pretrained_model_name_or_path": str(TINY_SD3)},
         "datasets": [{"id": "blots", "source": {"type": "local", "path": str(images)}}],
-        "download": {"shard_samples": 4, "workers": 1},
-        "bucket": {"resolution": 0.004096, "crop_aspect": "preserve", "workers": 1},
+        "download": {"shard_samples": 4, "processes": 1},
+        "bucket": {"resolution": 0.004096, "crop_aspect": "preserve", "processes": 1},
         "latents": {"batch_size": 4},
         "embeds": {"t5_length": 16, "dtype": "fp32"},
         "train": {

@@ -40,8 +40,10 @@ class BucketSection(Section):
     """Edges are multiples of this many pixels; taken from the model by default (64 for Stable Diffusion 3)."""
     max_refused_share: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when more than this share of a data set's images is refused here."""
-    workers: int = Field(default=0, ge=0)
+    processes: int = Field(default=0, ge=0)
     """Processes that decode and resize; 0 is one for each core."""
+    workers: int = Field(default=1, ge=1)
+    """Machines that share this stage, where each has a deployment of its own (`flow.executor: deployment`)."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> BucketSection:

@@ -38,7 +38,7 @@ class BucketStage(MapStage):
     summary = "decode, turn upright, scale and crop every image to an aspect bucket"
 
     def settings(self, setting: Setting) -> dict[str, Any]:
-        fields = section_of(setting).model_dump(exclude={"workers", "max_refused_share"})
+        fields = section_of(setting).model_dump(exclude={"processes", "workers", "max_refused_share"})
         if fields["crop_style"] == "centre":
             fields["crop_style"] = "center"
         if fields["alignment"] is None:
@@ -72,7 +72,7 @@ class BucketStage(MapStage):
         self, context: Context, inputs: Inputs, units: Sequence[stage.Unit]
     ) -> Iterator[tuple[stage.Unit, Output]]:
         total = sum(unit.samples for unit in units)
-        workers = min(section_of(context.setting).workers or available_cores(), max(total, 1))
+        workers = min(section_of(context.setting).processes or available_cores(), max(total, 1))
         by_index = {unit.index: unit for unit in units}
         tasks = (task for unit in units for task in read_tasks(context, unit))
         with context.progress("crops", total, "image") as bar:

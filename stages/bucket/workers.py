@@ -96,7 +96,7 @@ def _next(waiting: deque[tuple[Task, Future[Crop | Refused]]], workers: int) -> 
 def _died(workers: int) -> TransientError:
     return TransientError(
         f"a process that crops pictures died, most likely for want of memory: {workers} ran at once, set "
-        f"bucket.workers to fewer and run again (finished shards are kept)"
+        f"bucket.processes to fewer and run again (finished shards are kept)"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.artifact import Manifest, Output
-from stages.core.errors import MissingInputError
+from stages.core.errors import ConfigError, MissingInputError
 from stages.core.events import Reporter, StageFinished, StageReused, StageStarted
 from stages.core.fingerprint import digest_of, fingerprint
 from stages.core.preemption import StopFlag
@@ -44,6 +44,19 @@ class Slice:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ValueError(f"slice {self.index}/{self.count}: the first number is 0 to {self.count - 1}")
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """'0/4' as a slice.
+
+        Raises:
+            ConfigError: it is no slice.
+        """
+        index, _, count = text.partition("/")
+        try:
+            return cls(int(index), int(count))
+        except ValueError as error:
+            raise ConfigError(f"slice {text}: write it as I/N, such as 0/4 ({error})") from None
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"

@@ -45,5 +45,5 @@ class DownloadSection(Section):
     """Images above this size are refused unread: a decompression bomb is a file of a few kilobytes."""
     max_refused_share: float = Field(default=0.1, ge=0, le=1)
     """The stage fails when more than this share of a data set's images is refused."""
-    workers: int = Field(default=0, ge=0)
+    processes: int = Field(default=0, ge=0)
     """Processes that check images; 0 is one for each core."""

@@ -165,7 +165,7 @@ class DownloadStage(MapStage):
         size = sum(member.image.bytes for unit in units for member in unit.payload)
         with (
             context.progress("images", total, "image") as bar,
-            ImageChecker(section.workers, section.minimum_edge, pixels, size) as checker,
+            ImageChecker(section.processes, section.minimum_edge, pixels, size) as checker,
         ):
             for unit in units:
                 members: list[Sample] = unit.payload

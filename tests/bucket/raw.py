@@ -68,7 +68,7 @@ def pipeline(folder: Path, model: Path, files: Files, stages: Sequence[Stage], *
             "store": {"url": f"file://{folder}/store", "cache_dir": str(folder / "cache")},
             "model": {"pretrained_model_name_or_path": str(model)},
             "datasets": [{"id": "photos", "source": {"type": "local", "path": str(folder)}}],
-            "bucket": {"resolution": 0.004, "workers": 1, **bucket},
+            "bucket": {"resolution": 0.004, "processes": 1, **bucket},
             "publish": {"target": "folder", "path": str(folder / "out")},
         }
     )

@@ -81,8 +81,8 @@ def test_plain_webdataset_reads_the_crops(tmp_path: Path, tiny_sd3: Path) -> Non
 
 def test_the_same_digests_with_one_worker_and_with_two(tmp_path: Path, tiny_sd3: Path) -> None:
     options = {**PRESERVE, "crop_style": "random"}
-    first = run(pipeline(tmp_path / "a", tiny_sd3, FILES, [BucketStage()], **options, workers=1))
-    second = run(pipeline(tmp_path / "b", tiny_sd3, FILES, [BucketStage()], **options, workers=2))
+    first = run(pipeline(tmp_path / "a", tiny_sd3, FILES, [BucketStage()], **options, processes=1))
+    second = run(pipeline(tmp_path / "b", tiny_sd3, FILES, [BucketStage()], **options, processes=2))
     assert [(shard.name, shard.sha256) for shard in first.shards] == [(s.name, s.sha256) for s in second.shards]
     assert first.digest() == second.digest()
     assert first.fingerprint == second.fingerprint
@@ -179,7 +179,7 @@ def test_a_worker_that_dies_is_a_clear_transient_error(
         yield _Killer(tasks[0])  # a task that ends the process which takes it, as the kernel's OOM killer would
 
     monkeypatch.setattr(module, "read_tasks", with_a_killer)
-    with pytest.raises(TransientError, match=r"bucket\.workers to fewer"):
+    with pytest.raises(TransientError, match=r"bucket\.processes to fewer"):
         run(pipeline(tmp_path, tiny_sd3, FILES, [BucketStage()]))
 
 
@@ -251,7 +251,7 @@ def test_plan_says_what_changed_with_units(tmp_path: Path, tiny_sd3: Path) -> No
 
 def test_what_cannot_change_a_crop_does_not_make_it_again(tmp_path: Path, tiny_sd3: Path) -> None:
     run(pipeline(tmp_path, tiny_sd3, FILES, [BucketStage()]))
-    same = {"workers": 2, "max_refused_share": 0.5, "crop_style": "centre", "alignment": 16}
+    same = {"processes": 2, "workers": 3, "max_refused_share": 0.5, "crop_style": "centre", "alignment": 16}
     assert [step.action for step in pipeline(tmp_path, tiny_sd3, FILES, [BucketStage()], **same).plan()] == [
         "reuse"
     ] * 2

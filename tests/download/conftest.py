@@ -54,7 +54,7 @@ class Bench:
             "datasets": [
                 {"id": "photos", "source": source or {"type": "local", "path": str(self.photos)}, **(dataset or {})}
             ],
-            "download": {"shard_samples": 4, "workers": 1, **download},
+            "download": {"shard_samples": 4, "processes": 1, **download},
             "publish": {"path": str(root / "out")},
         }
         self.config = Config.model_validate(tree)

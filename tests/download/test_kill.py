@@ -31,7 +31,7 @@ class Dies:
 
 if __name__ == "__main__":
     checking.ALONE_BELOW_BYTES = 0
-    execute(Bench(Path(sys.argv[1]), workers=int(sys.argv[2])).job(), Dies())
+    execute(Bench(Path(sys.argv[1]), processes=int(sys.argv[2])).job(), Dies())
 """
 RUNS = """
 import sys

@@ -1,0 +1,58 @@
+"""One stage as a flow of its own: what a deployment runs on its own image and hardware.
+
+It starts the stage's command line in a child process, so what runs in the container is what a person runs by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.child import run_stage, stop_all
+from flows.reporting import reporter_for_run
+from stages.config import Config
+from stages.core.errors import LoralineError
+from stages.core.events import StageFailed
+from stages.core.runner import Slice, describe
+from stages.pipeline import Pipeline
+
+# The name of a failed state that is worth another try; whoever dispatched the run looks for it.
+TRANSIENT = "TransientFailure"
+
+
+@flow(name="stage", flow_run_name="{label}", persist_result=False)
+def stage_flow(
+    label: str,
+    config: dict[str, Any],
+    inputs: dict[str, str] | None = None,
+    force: bool = False,
+    slice: str | None = None,  # noqa: A002 (the parameter's name in the form)
+    merge: bool = False,
+) -> State[str]:
+    """Runs one stage for one data set, unless its artifact is in the store.
+
+    Args:
+        label: the stage and its data set, such as 'latents[photos]' or 'train'.
+        config: the whole configuration as plain values (see `loraline schema`).
+        inputs: fingerprints of the artifacts to read, by label; what is not given is looked up in the store.
+        force: make everything again.
+        slice: 'I/N': only every N-th shard from I on; writes no manifest.
+        merge: only put finished slices together.
+    """
+    pipeline = Pipeline.open(Config.model_validate(config))
+    node = pipeline.node(label)
+    reporter = reporter_for_run()
+    try:
+        share = Slice.parse(slice) if slice else None
+        fingerprint = run_stage(node, pipeline.config, inputs or {}, reporter, force, share, merge)
+    except LoralineError as error:
+        reporter.emit(StageFailed(label, str(error), error.transient))
+        return Failed(name=TRANSIENT if error.transient else None, message=str(error))
+    except BaseException:  # cancelled or evicted: the stage saves what it has
+        stop_all()
+        raise
+    made = pipeline.store.manifest(node.stage, fingerprint) if fingerprint else None
+    return Completed(message=describe(made) if made else f"slice {slice} done", data=fingerprint)

@@ -1,0 +1,117 @@
+"""A real Prefect server and real process workers, on loopback, with a home of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+
+ROOT = Path(__file__).parent.parent.parent
+START_S = 120
+
+
+@dataclass
+class PrefectServer:
+    """A running server: its API, its home, and the processes that belong to it."""
+
+    url: str
+    home: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to talk to this server."""
+        return {
+            "PREFECT_API_URL": self.url,
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        }
+
+    @contextmanager
+    def worker(self, pool: str, environment: Mapping[str, str], limit: int = 4) -> Iterator[subprocess.Popen[bytes]]:
+        """A process worker of a pool (made if it is not there), in a process group of its own."""
+        env = {**os.environ, **self.environment(), **environment}
+        prefect = [sys.executable, "-m", "prefect"]
+        made = subprocess.run(
+            [*prefect, "work-pool", "create", pool, "--type", "process", "--overwrite"],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
+        assert made.returncode == 0, made.stderr.decode() + made.stdout.decode()
+        log = (self.home / f"worker-{pool}-{len(self.processes)}.log").open("wb")
+        worker = subprocess.Popen(
+            [*prefect, "worker", "start", "--pool", pool, "--limit", str(limit), "--name", f"{pool}-{len(self.processes)}"],
+            env=env,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.processes.append(worker)
+        try:
+            yield worker
+        finally:
+            end_group(worker)
+            log.close()
+
+
+def end_group(process: subprocess.Popen[bytes], grace_s: float = 20) -> None:
+    """Ends a process that was started in a session of its own, and its children."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[PrefectServer]:
+    """A server on a free port, with SQLite in `home`; ended on the way out."""
+    home.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = PrefectServer(f"http://127.0.0.1:{port}/api", home)
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **server.environment()},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_until_healthy(server.url, process, home / "server.log")
+            yield server
+        finally:
+            end_group(process)
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the Prefect server ended: {log.read_text()[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (URLError, OSError):
+            time.sleep(0.3)
+    raise RuntimeError(f"the Prefect server did not answer within {START_S} s: {log.read_text()[-2000:]}")
