@@ -155,7 +155,12 @@ class _Tokens(NamedTuple):
 def _tokenize(tokenizer: Any, captions: list[str], length: int) -> _Tokens:
     """Token ids of captions, each padded or cut to `length`; how many of them are real; which captions were cut."""
     padded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    # verbose=False: the tokenizer would warn of every long caption; the stage counts them and warns once.
-    whole = tokenizer(captions, padding=False, truncation=False, verbose=False).input_ids
-    counts = [min(len(ids), length) for ids in whole]
-    return _Tokens(padded.input_ids, counts, [len(ids) > length for ids in whole])
+    counts = padded.attention_mask.sum(dim=1).tolist()
+    cut = [False] * len(captions)
+    full = [index for index, count in enumerate(counts) if count == length]
+    if full:  # only these can have been cut: how long are they really?
+        # verbose=False: the tokenizer would warn of every long caption; the stage counts them and warns once.
+        whole = tokenizer([captions[index] for index in full], truncation=False, verbose=False).input_ids
+        for index, ids in zip(full, whole, strict=True):
+            cut[index] = len(ids) > length
+    return _Tokens(padded.input_ids, counts, cut)
