@@ -1,1 +1,1 @@
-"""Benchmarks: each is a module with a `main`, prints a table and JSON, and compares with a reference in the same run."""
+"""Benchmarks: each is a module with a `main`, prints a table and compares with a reference in the same run."""

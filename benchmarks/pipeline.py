@@ -96,9 +96,9 @@ def measure(folder: Path, rounds: int, images: int) -> dict[str, Any]:
             manifests[node] = made
 
     plain = timed(look_up, rounds)
-    from prefect.testing.utilities import prefect_test_harness  # noqa: PLC0415 (takes seconds, and is measured)
+    from prefect.testing.utilities import prefect_test_harness
 
-    from flows.pipeline import pipeline_flow  # noqa: PLC0415
+    from flows.pipeline import pipeline_flow
 
     with prefect_test_harness(server_startup_timeout=120):
         flow_s = timed(lambda: pipeline_flow(config.model_dump(mode="json")), rounds)

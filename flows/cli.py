@@ -23,7 +23,8 @@ def run(
     config: ConfigOption,
     sets: SetOption = None,
     force: Annotated[
-        list[str] | None, typer.Option("--force", help="Make this stage again, whatever the store holds; may be repeated.")
+        list[str] | None,
+        typer.Option("--force", help="Make this stage again, whatever the store holds; may be repeated."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log lines too.")] = False,
 ) -> None:
@@ -48,8 +49,8 @@ def run(
         if not verbose:
             os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
         # Prefect takes seconds to import and reads its settings then: `plan` and `stage` do without.
-        from flows.pipeline import pipeline_flow  # noqa: PLC0415
-        from flows.reporting import shown_on  # noqa: PLC0415
+        from flows.pipeline import pipeline_flow
+        from flows.reporting import shown_on
 
         # `docker stop` and spot evictions send SIGTERM: the flow's stages get to save what they have.
         signal.signal(signal.SIGTERM, _leave)

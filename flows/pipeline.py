@@ -76,9 +76,7 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
     return Completed(message=describe(made), data=made.reference())
 
 
-def _make(
-    pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], reporter: Reporter, force: bool
-) -> Manifest:
+def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], reporter: Reporter, force: bool) -> Manifest:
     """Has a stage made by the executor that the configuration names for it; its manifest."""
     config = pipeline.config
     if config.flow.executor_of(node.stage) == "inline":
@@ -125,7 +123,8 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
     task_ = stage_task.with_options(retries=pipeline.config.flow.retries)
     try:
         for node in pipeline.order:
-            upstream = {source.label: futures[source] for source in pipeline.upstream(node)}
+            # Futures become results when the task starts; handing them over is what draws the graph.
+            upstream: dict[str, Any] = {source.label: futures[source] for source in pipeline.upstream(node)}
             futures[node] = task_.submit(node.label, config, upstream, node.stage in (force or []))
         for future in futures.values():
             future.wait()

@@ -1,7 +1,7 @@
-"""The sensor: looks at the sources, cheaply and on a schedule, and starts the pipeline only when there is something new.
+"""The sensor: looks at the sources, cheaply and on a schedule; starts the pipeline only when there is something new.
 
-One listing (or one look-up of a revision) for each data set, compared with what the store says was downloaded last. A check
-that starts nothing says why, in its state.
+One listing (or one look-up of a revision) for each data set, compared with what the store says was downloaded last. A
+check that starts nothing says why, in its state.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def watch_flow(
         return _skip(f"{new_images} new images, fewer than {minimum_new_images}: {what}")
     running = _alive(opened.config.name)
     if running:
-        return _skip(f"a run of this configuration is under way ({', '.join(running)}); it is looked at again next time. {what}")
+        return _skip(
+            f"a run of this configuration is under way ({', '.join(running)}); it is looked at again next time. {what}"
+        )
     logger.info("changed: %s", what)
     for node, state in zip(opened.nodes_of("download"), states.values(), strict=True):
         emit_event(

@@ -32,10 +32,14 @@ from stages.pipeline import Node, Pipeline
 from stages.registry import STAGES
 
 ConfigOption = Annotated[
-    str, typer.Option("--config", "-c", help="The configuration: a YAML file, or an fsspec URL such as s3://bucket/run.yaml.")
+    str,
+    typer.Option(
+        "--config", "-c", help="The configuration: a YAML file, or an fsspec URL such as s3://bucket/run.yaml."
+    ),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
 ]
 
 
@@ -118,7 +122,9 @@ def stage(
         if (share or merge) and not isinstance(pipeline.stage(name), MapStage):
             raise ConfigError(f"{name} works on everything at once: --slice and --merge are for " + _map_stages())
         if share and (merge or force):
-            raise ConfigError("--slice makes a share of the shards, --merge puts them together, --force starts over: one at a time")
+            raise ConfigError(
+                "--slice makes a share of the shards, --merge puts them together, --force starts over: one at a time"
+            )
         for node in nodes:
             with failure_told(node, reporter):
                 manifests = pipeline.find_inputs(node, inputs)
@@ -132,7 +138,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the page to this file.")] = None,
 ) -> None:
     """Writes report.html from what is in the store, without running anything."""
-    from stages.report.build import records_in_store, write_report  # noqa: PLC0415 (jinja2: only here)
+    from stages.report.build import records_in_store, write_report
 
     with told_kindly():
         pipeline = Pipeline.open(load_config(config, sets or []))
@@ -183,7 +189,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 @contextmanager
 def failure_told(node: Node, reporter: Reporter) -> Iterator[None]:
-    """A program that listens to events hears of the failure too; a person reads the message that `told_kindly` prints."""
+    """A program that listens hears of the failure too; a person reads the message that `told_kindly` prints."""
     try:
         yield
     except LoralineError as error:

@@ -43,8 +43,8 @@ class FlowSection(Section):
     """How an orchestrator runs the stages. Nothing in here changes what they make."""
 
     executor: Executor = "inline"
-    """'inline': each stage in a process beside the flow; 'deployment': each through its own deployment, on the work pool,
-    image and hardware that are named there."""
+    """'inline': each stage in a process beside the flow; 'deployment': each through its own deployment, on the work
+    pool, image and hardware that are named there."""
     executors: dict[str, Executor] = Field(default_factory=dict)
     """Stages that are run differently: {latents: deployment, train: deployment} keeps the rest inline."""
     deployment: str = "stage/{stage}"
@@ -95,9 +95,7 @@ class Config(Section):
         raise KeyError(dataset_id)
 
 
-def load_config(
-    path: str, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
-) -> Config:
+def load_config(path: str, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None) -> Config:
     """Reads a configuration file; see `stages.core.config.load`.
 
     Raises:

@@ -273,7 +273,9 @@ class Pipeline:
         made_with = {key: manifest.spec.get(key) for key in settings}
         if made_with != settings:
             changes = "; ".join(self.stage(node.stage).explain(made_with, settings))
-            raise MissingInputError(f"{needed_by} needs {node.label}, made last with other settings ({changes}): {advice}")
+            raise MissingInputError(
+                f"{needed_by} needs {node.label}, made last with other settings ({changes}): {advice}"
+            )
         for source, facet in self._edges(node):
             newest = self._find(source, given, found, needed_by=node)
             if manifest.inputs.get(f"{source.label}.{facet}") != newest.digest(facet):

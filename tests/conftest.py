@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith(("LORALINE__", "AWS_", "HF_TOKEN", "HF_ENDPOINT"))]:
     del os.environ[name]
 
-import pytest
+import pytest  # noqa: E402
 
 pytest_plugins = ["tests.servers.s3"]
 

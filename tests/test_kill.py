@@ -29,7 +29,9 @@ def command(config: Config, stage: str, folder: Path) -> list[str]:
     return [sys.executable, "-m", "stages.cli", "stage", stage, "--config", str(path), "--events", "json"]
 
 
-def run(config: Config, stage: str, folder: Path, environment: Mapping[str, str] | None = None) -> list[dict[str, object]]:
+def run(
+    config: Config, stage: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> list[dict[str, object]]:
     """Runs a stage to its end; its events."""
     answer = subprocess.run(
         command(config, stage, folder),

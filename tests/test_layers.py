@@ -62,7 +62,8 @@ def test_the_ground_floor_imports_no_room(ground: str) -> None:
 
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:
-    code = "import sys, stages.cli; print([m for m in ('torch', 'diffusers', 'transformers', 'prefect') if m in sys.modules])"
+    heavy = ("torch", "diffusers", "transformers", "prefect")
+    code = f"import sys, stages.cli; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.strip() == "[]"
 

@@ -146,9 +146,7 @@ class Manifest(_Frozen):
 
     def reference(self) -> ArtifactRef:
         """The small, serialisable pointer to this artifact: what flows pass around."""
-        return ArtifactRef(
-            stage=self.stage, dataset=self.dataset, fingerprint=self.fingerprint, digest=self.digest()
-        )
+        return ArtifactRef(stage=self.stage, dataset=self.dataset, fingerprint=self.fingerprint, digest=self.digest())
 
 
 class ArtifactRef(_Frozen):

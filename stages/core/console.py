@@ -9,12 +9,14 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bars,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bars,
 )
 
 from stages.core.events import (
@@ -77,14 +79,23 @@ class ConsoleReporter:
                 self._line("✘", "bold red", event.stage, event.error)
             case Message():
                 style = _STYLES[event.level]
-                self.console.print(f"  {escape(f'{event.stage:<18}')} {escape(event.text)}", style=style, highlight=False, soft_wrap=True)
+                self.console.print(
+                    f"  {escape(f'{event.stage:<18}')} {escape(event.text)}",
+                    style=style,
+                    highlight=False,
+                    soft_wrap=True,
+                )
             case Metric():
                 pass  # the progress bar's note carries the latest numbers
             case Picture():
-                self.console.print(f"  {escape(f'{event.stage:<18}')} picture: {escape(event.caption)}", style="dim", highlight=False)
+                self.console.print(
+                    f"  {escape(f'{event.stage:<18}')} picture: {escape(event.caption)}", style="dim", highlight=False
+                )
 
     def _line(self, mark: str, style: str, stage: str, text: str) -> None:
-        self.console.print(f"[{style}]{mark}[/] {escape(f'{stage:<18}')} {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[{style}]{mark}[/] {escape(f'{stage:<18}')} {escape(text)}", highlight=False, soft_wrap=True
+        )
 
     def _show_progress(self, event: Progress) -> None:
         key = (event.stage, event.task)

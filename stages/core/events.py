@@ -187,9 +187,7 @@ class ProgressTask:
 
 
 @contextmanager
-def progress(
-    reporter: Reporter, stage: str, task: str, total: int, unit: str, done: int = 0
-) -> Iterator[ProgressTask]:
+def progress(reporter: Reporter, stage: str, task: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressTask]:
     """Reports progress of `total` units; `done` is what an earlier run had finished already."""
     tracker = ProgressTask(reporter, stage, task, total, unit, done)
     tracker._emit("")

@@ -123,7 +123,9 @@ class LocalFiles:
 
     def names(self, folder: str) -> list[str]:
         try:
-            return sorted(entry.name for entry in self.absolute(folder).iterdir() if not entry.name.startswith(".part-"))
+            return sorted(
+                entry.name for entry in self.absolute(folder).iterdir() if not entry.name.startswith(".part-")
+            )
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -209,9 +211,7 @@ class ObjectFiles:
                     f"and what they may do."
                 ) from error
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                raise StoreError(
-                    f"{text}. No credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-                ) from error
+                raise StoreError(f"{text}. No credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.") from error
             if code == "NoSuchBucket":
                 raise StoreError(f"{text}. The bucket does not exist: create it first.") from error
             if _is_transient(error):

@@ -47,5 +47,5 @@ def digest_file(path: Path) -> str:
 
 
 def fingerprint(stage: str, version: int, spec: dict[str, Any], inputs: dict[str, str]) -> str:
-    """The name of an artifact before it is made: stage, stage version, settings that decide it, digests of its inputs."""
+    """The name of an artifact before it is made: stage, its version, settings that decide it, digests of its inputs."""
     return digest_of({"stage": stage, "version": version, "spec": spec, "inputs": inputs})

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
 # Set by whoever starts a stage as its child: the child is then asked to stop when that process dies, however it dies.
 DIE_WITH_PARENT = "LORALINE_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1  # prctl(2)

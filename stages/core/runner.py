@@ -161,10 +161,9 @@ def _run_units(
                 done[unit.index] = Output.model_validate(memo)
     pending = [unit for unit in mine if unit.index not in done]
     if merge_only and pending:
-        names = ", ".join(unit.name for unit in pending[:5])
+        names = ", ".join(unit.name for unit in pending[:5]) + (", ..." if len(pending) > 5 else "")
         raise MissingInputError(
-            f"{job.label}: {len(pending)} of {len(mine)} units are not done yet ({names}{', ...' if len(pending) > 5 else ''}): "
-            f"run their slices first"
+            f"{job.label}: {len(pending)} of {len(mine)} units are not done yet ({names}): run their slices first"
         )
     if done and pending:
         context.log(f"{len(done)} of {len(mine)} shards were finished before and are kept")

@@ -142,7 +142,9 @@ class Context:
             PreemptedError: SIGTERM or SIGINT came in.
         """
         if self.stop.requested:
-            raise PreemptedError(f"{self.label}: asked to stop ({self.stop.reason}); finished work is saved, run again to go on")
+            raise PreemptedError(
+                f"{self.label}: asked to stop ({self.stop.reason}); finished work is saved, run again to go on"
+            )
 
 
 class Stage(ABC):
@@ -183,7 +185,7 @@ class Stage(ABC):
         Raises:
             ConfigError, InputError, StoreError
         """
-        return None
+        return
 
     def foresee(self, setting: Setting, done: Inputs) -> None:
         """Judges what earlier stages made, as soon as they made it: too few images for a batch is an error before
@@ -192,7 +194,7 @@ class Stage(ABC):
         Raises:
             InputError
         """
-        return None
+        return
 
     def explain(self, old: Any, new: Any) -> list[str]:
         """What changed between two specs, in words, one short text for each change."""

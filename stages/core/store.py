@@ -1,9 +1,9 @@
 """The store: blobs by content, manifests written last, memos, runs. The one truth about what is done.
 
-    artifacts/<stage>/<fingerprint>/manifest.json   create-only; its existence is the commit
-    blobs/<aa>/<sha256><suffix>                     shards and files by content
-    memo/<stage>/<key>.json                         what a map stage made of one unit of its input
-    runs/<name>/...                                 pointers, checkpoints in progress, reports
+artifacts/<stage>/<fingerprint>/manifest.json   create-only; its existence is the commit
+blobs/<aa>/<sha256><suffix>                     shards and files by content
+memo/<stage>/<key>.json                         what a map stage made of one unit of its input
+runs/<name>/...                                 pointers, checkpoints in progress, reports
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Store:
     # -- probing ------------------------------------------------------------------------------------------------------
 
     def probe(self) -> str | None:
-        """Finds out, once per process and before any heavy work, whether the store can be written to and keeps its word.
+        """Finds out, once per process and before heavy work, whether the store can be written to and keeps its word.
 
         Returns:
             A warning for the person, or None.
@@ -234,7 +234,9 @@ class Store:
                 )
             return Manifest.model_validate(record)
         except (ValueError, AttributeError, ValidationError) as error:
-            raise StoreError(f"{self.url}/{path}: damaged manifest ({error}); delete it and run the stage again") from error
+            raise StoreError(
+                f"{self.url}/{path}: damaged manifest ({error}); delete it and run the stage again"
+            ) from error
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Makes an artifact exist. The first one to commit wins; a later one gets the winner's manifest back."""
@@ -335,4 +337,3 @@ def _damaged(url: str, blob: Blob) -> CorruptBlobError:
     return CorruptBlobError(
         f"{url}/{blob.path}: its bytes do not match its sha256. Delete it and run the stage that made it with --force."
     )
-

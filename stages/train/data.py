@@ -38,9 +38,9 @@ class Batch:
     """Samples of one bucket, on one device. Latents are fp32; text is in the model's type."""
 
     keys: list[str]
-    latents_BCHW: Tensor  # noqa: N815
-    text_BLD: Tensor  # noqa: N815
-    pooled_BD: Tensor  # noqa: N815
+    latents_BCHW: Tensor
+    text_BLD: Tensor
+    pooled_BD: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return replace(

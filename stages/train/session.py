@@ -28,7 +28,7 @@ from stages.train.heldout import HeldOut, choose_held_out
 from stages.train.journal import Journal
 from stages.train.loop import Trainer
 from stages.train.order import Order
-from stages.train.validation import Painter
+from stages.train.validation import Painter, as_loaded
 
 
 @dataclass
@@ -198,7 +198,10 @@ class Session:
 
     def _draw(self, step: int) -> None:
         assert self.journal is not None
-        with self.context.progress(f"validation pictures, step {step}", self.painter.passes, "pass") as bar:
+        with (
+            self.context.progress(f"validation pictures, step {step}", self.painter.passes, "pass") as bar,
+            as_loaded(self.trainer.parameters, self.dtype),
+        ):
             drawn = self.painter.draw(self.trainer.model, step, bar.advance)
         for picture in drawn:
             file = self.context.save_file(picture.name, picture.path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,20 @@ class Drawn:
     @property
     def name(self) -> str:
         return f"validation/{self.step:06d}-{self.index}.png"
+
+
+@contextmanager
+def as_loaded(adapter: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """The adapter in the base's type, as diffusers rounds it when it is loaded into one; in fp32 again afterwards."""
+    parts = list(adapter)
+    exact = [part.data for part in parts]
+    for part in parts:
+        part.data = part.data.to(dtype)
+    try:
+        yield
+    finally:
+        for part, values in zip(parts, exact, strict=True):
+            part.data = values
 
 
 class Painter:

@@ -1,4 +1,4 @@
-"""The pipeline's promises, on small stages that count what they do: nothing twice, nothing half, nothing unexplained."""
+"""The pipeline's promises, on small stages that count: nothing twice, nothing half, nothing unexplained."""
 
 from __future__ import annotations
 

@@ -131,7 +131,9 @@ def test_of_many_processes_that_commit_at_once_one_wins(store: Store) -> None:
     assert len(winners) == 1
 
 
-def test_a_cached_blob_is_not_fetched_again(s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_blob_is_not_fetched_again(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(s3.through(fault_proxy), tmp_path, monkeypatch)
     blob = store.put_bytes(b"x" * 1000, ".tar")
     store.fetch(blob)
@@ -140,7 +142,9 @@ def test_a_cached_blob_is_not_fetched_again(s3: S3Server, fault_proxy: FaultProx
     assert fault_proxy.count("GET") == before
 
 
-def test_the_cache_drops_what_was_used_longest_ago(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_drops_what_was_used_longest_ago(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(moto.with_new_bucket(), tmp_path, monkeypatch, cache_gb=2.5e-6)
     blobs = [store.put_bytes(bytes([number]) * 1000, ".tar") for number in range(4)]
     for number, blob in enumerate(blobs):
@@ -151,7 +155,9 @@ def test_the_cache_drops_what_was_used_longest_ago(moto: S3Server, tmp_path: Pat
     assert len(left) == 2
 
 
-def test_a_busy_server_is_asked_again(s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_server_is_asked_again(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(s3.through(fault_proxy), tmp_path, monkeypatch)
     fault_proxy.answer(503, method="PUT", times=5)
     blob = store.put_bytes(b"data", ".tar")
@@ -172,14 +178,18 @@ def test_a_server_that_stays_broken_is_a_transient_error_after_a_bounded_number_
     assert fault_proxy.count() - before <= 5 * 3 + 4
 
 
-def test_a_lost_answer_is_not_taken_for_a_lost_race(s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_answer_is_not_taken_for_a_lost_race(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(s3.through(fault_proxy), tmp_path, monkeypatch)
     fault_proxy.lose_answer(method="PUT", path="manifest.json")
     mine = manifest(duration_s=5.0)
     assert store.commit(mine) == mine
 
 
-def test_bytes_that_change_on_the_way_up_are_noticed(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_change_on_the_way_up_are_noticed(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """moto takes a wrong checksum without a word, as several servers do: only reading back tells."""
     store = on_s3(moto.with_new_bucket(), tmp_path, monkeypatch)
     real = store.files.put_file
@@ -200,7 +210,9 @@ def test_bytes_that_change_on_the_way_up_are_noticed(moto: S3Server, tmp_path: P
     assert store.read_blob(blob) == b"precious"
 
 
-def test_bytes_that_change_on_the_way_down_are_noticed(s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_change_on_the_way_down_are_noticed(
+    s3: S3Server, fault_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(s3.through(fault_proxy), tmp_path, monkeypatch)
     blob = store.put_bytes(b"precious" * 1000, ".tar")
     fault_proxy.corrupt(method="GET", path="blobs")
@@ -210,7 +222,9 @@ def test_bytes_that_change_on_the_way_down_are_noticed(s3: S3Server, fault_proxy
     assert store.read_blob(other) == b"other" * 1000
 
 
-def test_a_store_that_ignores_create_only_writes_is_found_out(rclone: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_ignores_create_only_writes_is_found_out(
+    rclone: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = rclone.with_new_bucket()
     with pytest.raises(StoreError, match="silently ignores create-only writes"):
         on_s3(server, tmp_path, monkeypatch).probe()
@@ -219,7 +233,9 @@ def test_a_store_that_ignores_create_only_writes_is_found_out(rclone: S3Server, 
     assert "overwrite each other" in warning
 
 
-def test_wrong_credentials_and_a_missing_bucket_are_said_plainly(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_and_a_missing_bucket_are_said_plainly(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(moto, tmp_path, monkeypatch, url="s3://no-such-bucket-here/x")
     with pytest.raises(StoreError, match="does not exist"):
         store.probe()
@@ -250,8 +266,10 @@ def test_files_of_the_local_store_are_not_secret_to_the_group(tmp_path: Path) ->
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_an_open_store_holds_no_secret_that_could_be_pickled(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle  # noqa: PLC0415
+def test_an_open_store_holds_no_secret_that_could_be_pickled(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pickle
 
     store = on_s3(moto, tmp_path, monkeypatch)
     store.probe()
@@ -259,7 +277,9 @@ def test_an_open_store_holds_no_secret_that_could_be_pickled(moto: S3Server, tmp
         pickle.dumps(store.files)
 
 
-def test_a_store_opened_before_a_fork_works_after_it(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_opened_before_a_fork_works_after_it(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = on_s3(moto.with_new_bucket(), tmp_path, monkeypatch)
     blob = store.put_bytes(b"from the parent", ".tar")
     worker = multiprocessing.get_context("fork").Process(target=_fetch_in_child, args=(store, blob))

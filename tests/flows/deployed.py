@@ -1,8 +1,8 @@
 """Driven by tests/flows/test_deployments.py in a process of its own, since Prefect reads its settings at import.
 
-    python -m tests.flows.deployed deploy POOL          makes a deployment of every flow on that pool
-    python -m tests.flows.deployed run CONFIG [FORCE]   runs the pipeline's deployment, waits, prints JSON
-    python -m tests.flows.deployed watch CONFIG [MIN]   runs the sensor's deployment, waits, prints JSON
+python -m tests.flows.deployed deploy POOL          makes a deployment of every flow on that pool
+python -m tests.flows.deployed run CONFIG [FORCE]   runs the pipeline's deployment, waits, prints JSON
+python -m tests.flows.deployed watch CONFIG [MIN]   runs the sensor's deployment, waits, prints JSON
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ def start(deployment: str, parameters: dict[str, Any]) -> FlowRun:
 
 def told(run: FlowRun) -> dict[str, Any]:
     assert run.state is not None
-    return {"id": str(run.id), "state": run.state.name, "type": run.state.type.value, "message": run.state.message or ""}
+    return {
+        "id": str(run.id),
+        "state": run.state.name,
+        "type": run.state.type.value,
+        "message": run.state.message or "",
+    }
 
 
 def stage_runs() -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def run(config: Config, force: list[str] | None = None) -> tuple[str, Recorder]:
-    from flows.reporting import shown_on  # noqa: PLC0415
+    from flows.reporting import shown_on
 
     recorder = Recorder()
     with shown_on(recorder):

@@ -253,7 +253,7 @@ class FaultProxy:
                 self.send(answer, fault.at_byte if fault and kind == "truncate" else None)
 
             # The base class looks its methods up by these names.
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve  # noqa: N815
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve
 
             def read_body(self) -> bytes:
                 if "chunked" in self.headers.get("Transfer-Encoding", "").lower():

@@ -54,7 +54,17 @@ class PrefectServer:
         assert made.returncode == 0, made.stderr.decode() + made.stdout.decode()
         log = (self.home / f"worker-{pool}-{len(self.processes)}.log").open("wb")
         worker = subprocess.Popen(
-            [*prefect, "worker", "start", "--pool", pool, "--limit", str(limit), "--name", f"{pool}-{len(self.processes)}"],
+            [
+                *prefect,
+                "worker",
+                "start",
+                "--pool",
+                pool,
+                "--limit",
+                str(limit),
+                "--name",
+                f"{pool}-{len(self.processes)}",
+            ],
             env=env,
             cwd=ROOT,
             stdout=log,

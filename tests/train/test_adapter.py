@@ -49,16 +49,22 @@ def draw(pipeline: StableDiffusion3Pipeline, made: Made, seed: int) -> np.ndarra
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "bf16"])
 @pytest.mark.parametrize("alpha", [None, 16.0, 1.5])
 def test_diffusers_draws_the_trainers_picture(
     make: Any, model_folder: Path, tmp_path: Path, alpha: float | None, precision: str
 ) -> None:
     made = make({(64, 48): 6}, train__learning_rate=0.2, train__lora__rank=4, train__lora__alpha=alpha)
-    made.config = made.changed(train__base_model_precision=precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if precision == "bf16":
+        made.config = made.changed(train__mixed_precision="bf16")
+        made.texts = {caption: (text.to(dtype), pooled.to(dtype)) for caption, (text, pooled) in made.texts.items()}
+    else:
+        made.config = made.changed(train__base_model_precision=precision)
     manifest = made.run(validation__prompts=["a red square", "a red square"])
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         model_folder,
+        torch_dtype=dtype,
         text_encoder=None,
         text_encoder_2=None,
         text_encoder_3=None,

@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self._drop()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 (the names http.server calls)
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
