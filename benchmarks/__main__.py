@@ -1,7 +1,7 @@
 """All benchmarks, one after the other: `python -m benchmarks [NAME ...]`.
 
-Each prints its table and writes JSON to `--out` (default `.loraline/benchmarks`). Ratios compare within one run, so that
-a busy machine changes them little; absolute numbers are of this machine, at this moment.
+Each prints its table and writes JSON to `--out` (default `.loraline/benchmarks`). Ratios compare within one run, so a
+busy machine changes them little; absolute numbers are of this machine, at this moment.
 """
 
 from __future__ import annotations

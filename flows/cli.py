@@ -26,6 +26,14 @@ def run(
         list[str] | None,
         typer.Option("--force", help="Make this stage again, whatever the store holds; may be repeated."),
     ] = None,
+    against_published: Annotated[
+        bool,
+        typer.Option(
+            "--against-published",
+            help="Measure the new adapter against the one published last (train.previous): for a warm start and for "
+            "the quality gate publish.maximum_regression.",
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's own log lines too.")] = False,
 ) -> None:
     """Runs the whole pipeline through Prefect; redoes only what is not in the store."""

@@ -17,6 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
+from flows.artifacts import attempted, show_run, show_training
 from flows.child import run_stage, stop_all
 from flows.dispatch import cancel_all, dispatch
 from flows.reporting import reporter_for_run
@@ -73,6 +74,8 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
         note("failed", str(error))
         raise
     note("ran", reasons, made)
+    if node.stage == "train":
+        attempted("the training's curves and pictures", lambda: show_training(pipeline, made))
     return Completed(message=describe(made), data=made.reference())
 
 
@@ -100,7 +103,10 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
 def report_task(config: dict[str, Any], error: str | None) -> str:
     """Writes report.html; says where it is."""
     pipeline = Pipeline.open(Config.model_validate(config))
-    return write_report(pipeline, _read_records(pipeline), error)
+    records = _read_records(pipeline)
+    place = write_report(pipeline, records, error)
+    attempted("the table of stages", lambda: show_run(pipeline, records, place))
+    return place
 
 
 @flow(name="loraline", flow_run_name="{config[name]}", persist_result=False)

@@ -36,6 +36,7 @@ def watch_flow(
     config: dict[str, Any],
     minimum_new_images: int = 1,
     pipeline: str = "loraline/pipeline",
+    retrain_from_published: bool = False,
 ) -> State[str]:
     """Starts the pipeline if a source has changed since the last download.
 
@@ -43,6 +44,8 @@ def watch_flow(
         config: a configuration as plain values (see `loraline schema`).
         minimum_new_images: with fewer new images than this (and no other change than new images), nothing is started.
         pipeline: the pipeline's deployment, as 'flow/deployment'.
+        retrain_from_published: measure the new adapter against the one published last (`train.previous`), so that
+            `publish.maximum_regression` can refuse it and `train.warm_start` can start from it.
     """
     logger = get_run_logger()
     opened = Pipeline.open(Config.model_validate(config))
@@ -82,7 +85,7 @@ def watch_flow(
         )
     run = run_deployment(
         pipeline,
-        parameters={"config": pinned(config, states)},
+        parameters={"config": pinned(config, states, opened.published() if retrain_from_published else None)},
         # The same change starts one run, however often and from however many sensors it is seen.
         idempotency_key=f"watch:{opened.config.name}:{digest_of([config, states])}",
         tags=[f"config:{opened.config.name}"],
@@ -92,14 +95,16 @@ def watch_flow(
     return Completed(name="Started", message=f"{what}; started {run.name}", data=str(run.id))  # type: ignore[union-attr]
 
 
-def pinned(config: dict[str, Any], states: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with every Hub data set at the commit that was seen, so that the run is about exactly that."""
+def pinned(config: dict[str, Any], states: dict[str, Any], previous: str | None = None) -> dict[str, Any]:
+    """The configuration with every Hub data set at the commit that was seen, so that the run is about exactly that; and
+    with the train artifact that it is measured against, where there is one."""
     datasets = []
     for dataset in config["datasets"]:
         commit = states[Node("download", dataset["id"]).label].get("commit")
         source = {**dataset["source"], "revision": commit} if commit else dataset["source"]
         datasets.append({**dataset, "source": source})
-    return {**config, "datasets": datasets}
+    train = {**(config.get("train") or {}), **({"previous": previous} if previous else {})}
+    return {**config, "datasets": datasets, "train": train}
 
 
 def _skip(reason: str) -> State[str]:

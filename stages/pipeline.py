@@ -285,6 +285,16 @@ class Pipeline:
         found[node] = manifest
         return manifest
 
+    def published(self) -> str | None:
+        """Fingerprint of the train artifact whose adapter was published last under this configuration's name. What a
+        quality gate refused is not it."""
+        record = self.store.get_json(self._published_path)
+        return str(record["train"]) if record else None
+
+    @property
+    def _published_path(self) -> str:
+        return f"runs/{self.config.name}/published.json"
+
     def _last_path(self, node: Node) -> str:
         return f"runs/{self.config.name}/last/{node.label}.json"
 
@@ -300,3 +310,7 @@ class Pipeline:
         path = self._last_path(node)
         if self.store.get_json(path) != record:
             self.store.put_json(path, record)
+        if manifest.info.get("published"):
+            pointer = {"publish": manifest.fingerprint, "train": manifest.info["train"]}
+            if self.store.get_json(self._published_path) != pointer:
+                self.store.put_json(self._published_path, pointer)

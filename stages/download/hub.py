@@ -1,13 +1,12 @@
 """A data set repository on the Hugging Face Hub as a source, pinned to one commit.
 
-The client does not retry a server's error on a file or on the repository's state, and does not notice wrong bytes of
-the right size; both are made good here. Files come one by one through the client's own cache, so what was downloaded
-is never downloaded again; a file that a new commit left as it was is taken from there without a request.
+The client does not notice wrong bytes of the right size; that is made good here. Files come one by one through the
+client's own cache, so what was downloaded is never downloaded again; a file that a new commit left as it was is taken
+from there without a request.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
-
+from stages.core import hub
 from stages.core.errors import ConfigError, InputError, LoralineError, TransientError
-from stages.core.fingerprint import digest_file
 from stages.download.captions import Strategy
 from stages.download.config import HubSource
-from stages.download.listing import SourceFile, git_blob_id, is_image, is_wanted
+from stages.download.listing import SourceFile, is_image, is_wanted
 
 T = TypeVar("T")
-ATTEMPTS = 5
-FIRST_PAUSE_S = 0.5
 CONNECTIONS = 8
 AHEAD = 2 * CONNECTIONS
-_BUSY = {408, 429, 500, 502, 503, 504}
 
 
 class HubRepository:
@@ -42,17 +36,13 @@ class HubRepository:
     """
 
     def __init__(self, section: HubSource, field: str, strategy: Strategy, commit: str | None = None) -> None:
-        from huggingface_hub import HfApi  # imported late, like all heavy libraries: `--help` stays fast
-
         self.section = section
         self.commit: str | None = commit
         self._field = field
         self._strategy = strategy
-        # Read when needed: the client itself looks at these variables only when it is first imported.
-        self._endpoint = os.environ.get("HF_ENDPOINT") or None
-        self._cache = _cache_folder()
+        self._cache = hub.cache_folder()
         self._locks: dict[str, threading.Lock] = {}
-        self._api = HfApi(endpoint=self._endpoint, token=_token())
+        self._api = hub.client(hub.read_token())
 
     @property
     def where(self) -> str:
@@ -91,11 +81,10 @@ class HubRepository:
 
         files = []
         for entry in self._try("list", tree):
-            blob_id = getattr(entry, "blob_id", None)
             path = entry.path.removeprefix(f"{folder}/") if folder else entry.path
-            if blob_id is None or not is_wanted(path, self._strategy):
+            if not hasattr(entry, "blob_id") or not is_wanted(path, self._strategy):
                 continue
-            files.append(SourceFile(path, entry.size, entry.lfs.sha256 if entry.lfs else blob_id))
+            files.append(SourceFile(path, entry.size, hub.identity(entry)))
         return sorted(files, key=lambda file: file.path)
 
     def read_texts(self, files: Sequence[SourceFile]) -> Iterator[bytes]:
@@ -132,7 +121,7 @@ class HubRepository:
             return known
         for attempt in (1, 2):
             local = self._download(file, force=attempt == 2)
-            if _is_whole(file, local):
+            if hub.is_whole(local, file.identity):
                 return local
             # The client keeps it under the name of the right bytes, and would hand it out again for ever.
             local.resolve().unlink(missing_ok=True)
@@ -144,12 +133,12 @@ class HubRepository:
 
     def _in_cache(self, file: SourceFile) -> Path | None:
         """The copy in the client's cache, which names files by their digests, if it is there and whole."""
-        from huggingface_hub import constants
+        from huggingface_hub import constants  # imported late, like all heavy libraries: `--help` stays fast
 
         folder = Path(self._cache or constants.HF_HUB_CACHE)
         blob = folder / f"datasets--{self.section.repo.replace('/', '--')}" / "blobs" / file.identity
         try:
-            return blob if blob.stat().st_size == file.bytes and _is_whole(file, blob) else None
+            return blob if blob.stat().st_size == file.bytes and hub.is_whole(blob, file.identity) else None
         except OSError:
             return None
 
@@ -166,8 +155,8 @@ class HubRepository:
                 repo_type="dataset",
                 revision=self.commit,
                 cache_dir=self._cache,
-                endpoint=self._endpoint,
-                token=_token(),
+                endpoint=hub.endpoint(),
+                token=hub.read_token(),
                 force_download=force,
                 tqdm_class=_silent(),
             ),
@@ -176,107 +165,50 @@ class HubRepository:
 
     def _try(self, what: str, call: Callable[[], T]) -> T:
         """Runs a call of the client until it works, or is known not to."""
-        retrying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(initial=FIRST_PAUSE_S, max=30, jitter=FIRST_PAUSE_S),
-            retry=retry_if_exception(lambda error: self._explain(error) is None and is_transient(error)),
-            reraise=True,
-        )
-        try:
-            return retrying(call)
-        except LoralineError:
-            raise
-        except Exception as error:
+
+        def explain(error: Exception) -> LoralineError:
             known = self._explain(error)
             if known is not None:
-                raise known from error
-            text = f"cannot {what} the Hub data set {self.section.repo}: {first_line(error)}"
-            if is_transient(error):
-                raise TransientError(f"{text} (after {ATTEMPTS} attempts)") from error
-            raise InputError(text) from error
+                return known
+            text = f"cannot {what} the Hub data set {self.section.repo}: {hub.first_line(error)}"
+            if hub.is_transient(error):
+                return TransientError(f"{text} (after {hub.ATTEMPTS} attempts)")
+            return InputError(text)
+
+        return hub.ask(call, explain)
 
     def _explain(self, error: BaseException) -> LoralineError | None:
         """What an answer of the Hub means for the person, where trying again cannot help."""
-        from huggingface_hub import constants
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        field, repo = self._field, self.section.repo
-        page = f"{(self._endpoint or constants.ENDPOINT).rstrip('/')}/datasets/{repo}"
-        if isinstance(error, OfflineModeIsEnabled):
-            return ConfigError(f"{field}: HF_HUB_OFFLINE is set, so {repo} cannot be looked up on the Hub; unset it")
-        if isinstance(error, LocalEntryNotFoundError):  # how the client wraps whatever kept it from the server
-            return self._explain(error.__cause__) if error.__cause__ is not None else None
-        if isinstance(error, GatedRepoError):  # a subclass of the next, so it is looked at first
-            return ConfigError(
-                f"{field}.repo: {repo} is gated: ask for access at {page} with your account, then set HF_TOKEN to a "
-                f"token of that account."
-            )
-        if isinstance(error, RepositoryNotFoundError):
-            hint = "HF_TOKEN may not read it, if it is private" if _token() else "a private one needs HF_TOKEN"
-            return ConfigError(f"{field}.repo: there is no Hub data set {repo} that may be read ({page}); {hint}.")
-        if isinstance(error, RevisionNotFoundError):
-            return ConfigError(f"{field}.revision: {repo} has no revision {self.section.revision!r}; see {page}")
-        if isinstance(error, EntryNotFoundError):
-            return ConfigError(f"{field}.folder: {repo} has no {self.section.folder!r} at {(self.commit or '')[:10]}")
-        if isinstance(error, HFValidationError):
-            return ConfigError(f"{field}.repo: {repo!r} is no name of a Hub repository: {first_line(error)}")
-        if _status(error) == 401:
-            return ConfigError(f"{field}: the Hub does not accept HF_TOKEN ({first_line(error)}); make a new one")
-        if _status(error) == 403:
-            return ConfigError(f"{field}: HF_TOKEN may not read {repo} ({first_line(error)})")
-        return None
-
-
-def is_transient(error: BaseException | None) -> bool:
-    """Whether another try can help: a busy or broken server, a cut or refused connection, a time limit."""
-    while error is not None:
-        status = _status(error)
-        if status is not None:
-            return status in _BUSY
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            return True
-        if isinstance(error, ConnectionError | TimeoutError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _is_whole(file: SourceFile, local: Path) -> bool:
-    """A large file is named by its sha256, a small one by git."""
-    if len(file.identity) == 64:
-        return digest_file(local) == file.identity
-    return git_blob_id(local.read_bytes()) == file.identity
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _token() -> str | None:
-    """HF_TOKEN of the environment; None lets the client look for a saved login."""
-    return os.environ.get("HF_TOKEN") or None
-
-
-def _cache_folder() -> str | None:
-    """The client's cache, by the variables that it documents; None is its default."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return os.environ["HF_HUB_CACHE"]
-    home = os.environ.get("HF_HOME")
-    return str(Path(home).expanduser() / "hub") if home else None
+        field, repo, line = self._field, self.section.repo, hub.first_line(error)
+        page = hub.page(f"datasets/{repo}")
+        match hub.trouble(error):
+            case None:
+                return None
+            case "offline":
+                return ConfigError(
+                    f"{field}: HF_HUB_OFFLINE is set, so {repo} cannot be looked up on the Hub; unset it"
+                )
+            case "gated":
+                return ConfigError(
+                    f"{field}.repo: {repo} is gated: ask for access at {page} with your account, then set HF_TOKEN to "
+                    f"a token of that account."
+                )
+            case "no repository":
+                known = hub.read_token() is not None
+                hint = "HF_TOKEN may not read it, if it is private" if known else "a private one needs HF_TOKEN"
+                return ConfigError(f"{field}.repo: there is no Hub data set {repo} that may be read ({page}); {hint}.")
+            case "no revision":
+                return ConfigError(f"{field}.revision: {repo} has no revision {self.section.revision!r}; see {page}")
+            case "no file":
+                return ConfigError(
+                    f"{field}.folder: {repo} has no {self.section.folder!r} at {(self.commit or '')[:10]}"
+                )
+            case "bad name":
+                return ConfigError(f"{field}.repo: {repo!r} is no name of a Hub repository: {line}")
+            case "bad token":
+                return ConfigError(f"{field}: the Hub does not accept HF_TOKEN ({line}); make a new one")
+            case "forbidden":
+                return ConfigError(f"{field}: HF_TOKEN may not read {repo} ({line})")
 
 
 def _silent() -> Any:

@@ -6,7 +6,6 @@ plan can tell before a run what the run will touch.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -174,8 +173,3 @@ def _captions(source: Source, files: list[SourceFile], images: list[SourceFile],
         known[text.path] if text is not None else Caption(refused=f"no caption: {text_path(image.path)} is not there")
         for image, text in zip(images, found, strict=True)
     ]
-
-
-def git_blob_id(data: bytes) -> str:
-    """What git calls a small file: sha1 over a short header and the bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -1,13 +1,15 @@
 """Captions through three encoders of which only one is in memory at a time.
 
-CLIP-L goes over all captions of a group of units, then CLIP-G, each leaving its results in the scratch folder batch by
-batch; then T5 goes over them, takes those results up again and finishes one shard after the other. Memory holds one
-encoder and one batch; the scratch folder holds the CLIP results of one group (0.3 MB a caption for Stable Diffusion 3).
+CLIP-L goes over all captions of a group of units, then CLIP-G, each leaving its results in the scratch folder, one file
+a unit; then T5 goes over them, takes those results up again and finishes one shard after the other, written while the
+next batch is encoded. Memory holds one encoder, the CLIP results of one unit (0.3 MB a caption for Stable Diffusion 3)
+and two batches; the scratch folder holds the CLIP results of one group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +43,17 @@ class Finished:
     path: Path
     truncated_clip: int
     truncated_t5: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some captions with what all three encoders made of them, on the CPU."""
+
+    names: list[str]
+    captions: list[str]
+    clip_BLD: torch.Tensor
+    pooled_BD: torch.Tensor
+    t5: Sequence[T5Output]
 
 
 def groups(units: Sequence[Unit], most: int = GROUP_CAPTIONS) -> Iterator[list[Unit]]:
@@ -92,6 +105,7 @@ class GroupEncoder:
             for unit in group:
                 context.check_stop()
                 cut = self._cut.setdefault(unit.index, [False] * unit.samples)
+                of_unit: list[ClipOutput] = []
                 for start, captions in self._batches(unit):
 
                     def work(part: slice, captions: list[str] = captions) -> ClipOutput:
@@ -99,16 +113,17 @@ class GroupEncoder:
                         return ClipOutput(output.states_BLD.cpu(), output.pooled_BD.cpu(), output.cut)
 
                     parts = batches.run(len(captions), work)
-                    save_file(
-                        {
-                            "states": _joined([part.states_BLD for part in parts]),
-                            "pooled": _joined([part.pooled_BD for part in parts]),
-                        },
-                        self._spill(unit, name, start),
-                    )
+                    of_unit += parts
                     for offset, was_cut in enumerate(was for part in parts for was in part.cut):
                         cut[start + offset] |= was_cut
                     bar.advance(len(captions))
+                save_file(
+                    {
+                        "states": _joined([part.states_BLD for part in of_unit]),
+                        "pooled": _joined([part.pooled_BD for part in of_unit]),
+                    },
+                    self._spill(unit, name),
+                )
 
     def _t5(self, group: Sequence[Unit]) -> Iterator[Finished]:
         context, section = self.context, self.context.config.embeds
@@ -121,7 +136,10 @@ class GroupEncoder:
             for unit in group:
                 path = context.scratch / f"{unit.index}.tar"
                 cut_by_t5 = 0
-                with ShardWriter(path) as writer:
+                clip_BLD, pooled_BD = self._clips_of(unit)
+                names = _captions(unit).names()
+                with ShardWriter(path) as writer, ThreadPoolExecutor(1, "write") as pen:
+                    writing: Future[None] | None = None
                     for start, captions in self._batches(unit):
 
                         def work(part: slice, captions: list[str] = captions) -> T5Output:
@@ -130,40 +148,53 @@ class GroupEncoder:
 
                         parts = batches.run(len(captions), work)
                         cut_by_t5 += sum(was for part in parts for was in part.cut)
-                        self._write(writer, unit, start, captions, parts)
+                        if writing is not None:  # one batch is written while the next one is encoded, and no more
+                            writing.result()
+                        stop = start + len(captions)
+                        batch = _Batch(names[start:stop], captions, clip_BLD[start:stop], pooled_BD[start:stop], parts)
+                        writing = pen.submit(self._write, writer, batch)
                         bar.advance(len(captions))
+                    if writing is not None:
+                        writing.result()
                 yield Finished(unit, path, sum(self._cut.pop(unit.index)), cut_by_t5)
 
-    def _write(
-        self, writer: ShardWriter, unit: Unit, start: int, captions: list[str], parts: Sequence[T5Output]
-    ) -> None:
-        """Puts one batch of captions into the shard: what T5 made of them, and what the CLIPs had left on disk."""
+    def _clips_of(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the CLIPs left of a unit: their states side by side (B, L, D), and their pooled vectors (B, D)."""
         import torch
-        from safetensors.torch import load_file, save
+        from safetensors.torch import load_file
 
         spilled = []
         for name, _ in _CLIPS:
-            path = self._spill(unit, name, start)
+            path = self._spill(unit, name)
             spilled.append(load_file(path))
             path.unlink()
-        clip_BLD = torch.cat([tensors["states"] for tensors in spilled], dim=-1)
-        pooled_BD = torch.cat([tensors["pooled"] for tensors in spilled], dim=-1)
-        t5_BLD = _joined([part.states_BLD for part in parts])
-        tokens = [count for part in parts for count in part.tokens]
-        captions_of_unit: Captions = unit.payload
-        names = captions_of_unit.names()[start : start + len(captions)]
+        states, pooled = ([tensors[key] for tensors in spilled] for key in ("states", "pooled"))
+        return torch.cat(states, dim=-1), torch.cat(pooled, dim=-1)
+
+    def _write(self, writer: ShardWriter, batch: _Batch) -> None:
+        """Puts one batch of captions into the shard.
+
+        Raises:
+            InputError: an encoder made no numbers of one.
+        """
+        from safetensors.torch import save
+
+        t5_BLD = _joined([part.states_BLD for part in batch.t5])
+        tokens = [count for part in batch.t5 for count in part.tokens]
+        whole = {"clip": batch.clip_BLD, "t5": t5_BLD, "pooled": batch.pooled_BD}
+        for encoder, tensor in whole.items():
+            odd = _not_finite(tensor)
+            if odd is not None:
+                raise InputError(
+                    f"embeds: {encoder} makes no finite numbers of the caption {batch.captions[odd][:80]!r} in "
+                    f"{self.context.config.embeds.dtype}. Set embeds.dtype: fp32; if it is fp32 already, the "
+                    f"encoder's weights are bad."
+                )
         trimmed = self.context.config.embeds.t5_padding == "zero"
-        for index, (key, caption) in enumerate(zip(names, captions, strict=True)):
-            # States at padding that would be multiplied by zero are not stored; t5_tokens says where they begin.
-            t5_LD = t5_BLD[index, : tokens[index]] if trimmed else t5_BLD[index]
-            tensors = {"clip": clip_BLD[index], "t5": t5_LD, "pooled": pooled_BD[index]}
-            for encoder, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise InputError(
-                        f"embeds: {encoder} makes no finite numbers of the caption {caption[:80]!r} in "
-                        f"{self.context.config.embeds.dtype}. Set embeds.dtype: fp32; if it is fp32 already, the "
-                        f"encoder's weights are bad."
-                    )
+        for index, (key, caption) in enumerate(zip(batch.names, batch.captions, strict=True)):
+            tensors = {encoder: tensor[index] for encoder, tensor in whole.items()}
+            if trimmed:  # states at padding that would be multiplied by zero; t5_tokens says where they begin
+                tensors["t5"] = tensors["t5"][: tokens[index]]
             members = {
                 "safetensors": save({encoder: tensor.contiguous() for encoder, tensor in tensors.items()}),
                 "json": canonical_json({"caption": caption, "t5_tokens": tokens[index]}).encode(),
@@ -172,20 +203,37 @@ class GroupEncoder:
 
     def _batches(self, unit: Unit) -> Iterator[tuple[int, list[str]]]:
         """(position of the first, captions): cut the same way for every encoder, and whatever else is pending."""
-        captions_of_unit: Captions = unit.payload
-        captions = captions_of_unit.read(self.context.store)
+        captions = _captions(unit).read(self.context.store)
         size = self.context.config.embeds.batch_size
         for start in range(0, len(captions), size):
             yield start, captions[start : start + size]
 
-    def _spill(self, unit: Unit, name: str, start: int) -> Path:
-        return self.context.scratch / f"{unit.index}-{name}-{start}.safetensors"
+    def _spill(self, unit: Unit, name: str) -> Path:
+        return self.context.scratch / f"{unit.index}-{name}.safetensors"
 
     def _source(self) -> ModelSource:
         return ModelSource(self.context.config.model, self.context.store)
 
     def _warn(self, text: str) -> None:
         self.context.log(text, "warning")
+
+
+def _captions(unit: Unit) -> Captions:
+    captions: Captions = unit.payload
+    return captions
+
+
+def _not_finite(tensor: torch.Tensor) -> int | None:
+    """Position, along the first dimension, of the first part that holds a NaN or an infinity."""
+    import torch
+
+    flat = tensor.flatten(1)
+    # Either makes the sum one, too, and summing is twenty times as fast as looking at each number. Finite numbers may
+    # overflow when they are summed: then each is looked at.
+    if torch.isfinite(flat.sum(dim=1)).all():
+        return None
+    odd = (~torch.isfinite(flat)).any(dim=1).nonzero()
+    return int(odd[0]) if len(odd) else None
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -155,7 +155,7 @@ class ModelSource:
                 )
             self._config_path(component)
             if component in MODELS:
-                self._weights(component)
+                self.weights(component)
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration: 'config.json', or 'scheduler_config.json' of the scheduler.
@@ -180,7 +180,7 @@ class ModelSource:
         config = {key: value for key, value in self.config(component).items() if key not in _VOLATILE_KEYS}
         identity = {"config": digest_of(config)}
         if component in MODELS:
-            identity["weights"] = digest_lines(files.sha256(path) for path in self._weights(component))
+            identity["weights"] = digest_lines(files.sha256(path) for path in self.weights(component))
         return identity
 
     def class_name(self, component: str) -> str:
@@ -208,7 +208,7 @@ class ModelSource:
             self._config_path(component)
             wanted += self._small_files(component)
             if component in MODELS:
-                wanted += self._weights(component)
+                wanted += self.weights(component)
         return self.files.fetch(wanted)
 
     # -- its files ----------------------------------------------------------------------------------------------------
@@ -257,7 +257,12 @@ class ModelSource:
                 return shards
         return []
 
-    def _weights(self, component: str) -> list[str]:
+    def weights(self, component: str) -> list[str]:
+        """Paths of a component's safetensors: those of the variant asked for, where it has them.
+
+        Raises:
+            ConfigError: it has none, or only pickled ones.
+        """
         found = self._weights_named(component, self.section.variant) if self.section.variant else []
         found = found or self._weights_named(component, None)
         if found:

@@ -118,7 +118,7 @@ def load_transformer(
     _check_patterns(names, patterns)
     layers: list[LayerRow] = []
     with ExitStack() as stack:
-        weights = _Weights([folder / path for path in source._weights("transformer")], stack)
+        weights = _Weights([folder / path for path in source.weights("transformer")], stack)
         for prefix in _parts(model):
             weights.fill(model.get_submodule(prefix), prefix, dtype, device)
             inside = [name for name in names if name == prefix or name.startswith(f"{prefix}.")]
@@ -259,13 +259,16 @@ def add_lora(
     targets: Iterable[str],
     exclude_blocks: Iterable[int],
     seed: int,
+    name: str = ADAPTER,
 ) -> dict[str, nn.Parameter]:
-    """Adds a fresh adapter in fp32: A drawn from the seed (Kaiming uniform), B zero, so that it does nothing yet.
+    """Adds a fresh adapter in fp32: A drawn from the seed (Kaiming uniform), B zero, so that it does nothing yet. It is
+    the active one afterwards; another that was there keeps its weights and is at rest.
 
     Args:
         model: quantised already: the adapter wraps its layers.
         rank, alpha, dropout: the adapter's output is scaled by alpha / rank.
         targets, exclude_blocks: as for `lora_layers`.
+        name: the adapter's name within the model.
 
     Returns:
         Its trainable parameters by name, in the model's order.
@@ -285,8 +288,8 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # The draw is made on the CPU's generator and moved, so that it is the same on every device.
-        model.add_adapter(config, ADAPTER)
-    adapter = {name: part for name, part in model.named_parameters() if part.requires_grad}
+        model.add_adapter(config, name)
+    adapter = {path: part for path, part in model.named_parameters() if part.requires_grad}
     for part in adapter.values():
         part.data = part.data.float()
     return adapter

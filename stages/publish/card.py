@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from stages.core.artifact import Manifest
+from stages.publish.gate import Losses
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -39,13 +40,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card is made of. `rounds` are (step, held-out loss)."""
+    """What the card is made of. `rounds` are (step, held-out loss); `losses` those that were compared."""
 
     config: Config
     base_on_hub: bool
     adapter_name: str
     pairs: Sequence[Pair]
     rounds: Sequence[tuple[int, float]]
+    losses: Losses
     downloads: Mapping[str, Manifest]
     train: Manifest
     record_name: str
@@ -161,6 +163,8 @@ def _page(facts: CardFacts) -> dict[str, Any]:
         "validation": validation,
         "training": [(label, escaped(str(value))) for label, value in _training(config)],
         "rounds": [(step, f"{loss:.5f}") for step, loss in _first_and_last(facts.rounds)],
+        "previous": "" if facts.losses.previous is None else f"{facts.losses.previous:.5f}",
+        "previous_train": str(facts.losses.fingerprint or "")[:12],
         "datasets": [_dataset_row(facts, dataset_id) for dataset_id in facts.downloads],
         "provenance": _provenance_rows(facts.train),
         "record_name": facts.record_name,
@@ -186,6 +190,9 @@ def _training(config: Config) -> list[tuple[str, object]]:
         ("Caption dropout", f"{train.caption_dropout:g}"),
         ("Seed", config.seed),
     ]
+    if train.previous:
+        start = f"the adapter of {train.previous[:12]}" if train.warm_start else "a fresh adapter"
+        rows.append(("Started from", start))
     return rows
 
 

@@ -26,6 +26,9 @@ class PublishSection(Section):
     """The word or words that call the new concept, named on the card."""
     description: str = ""
     """A paragraph for the card."""
+    maximum_regression: float | None = Field(default=None, gt=-1)
+    """The quality gate: publish only if the held-out loss is at most this share above that of the adapter published now
+    (0.02: up to 2 % worse; 0: no worse; -0.05: at least 5 % better). Not given: always publish."""
 
     @model_validator(mode="after")
     def _target_is_named(self) -> PublishSection:

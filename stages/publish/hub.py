@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
-
+from stages.core import hub
 from stages.core.artifact import Manifest
 from stages.core.errors import ConfigError, InputError, LoralineError, TransientError
 from stages.publish.config import PublishSection
@@ -28,10 +27,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
-ATTEMPTS = 5
-FIRST_PAUSE_S = 0.5
 ROUNDS = 6
-_BUSY = {408, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,7 @@ class _Head:
         file = self.files.get(item.path)
         if file is None or file.size != item.bytes:
             return False
-        if file.lfs is not None:
-            return bool(file.lfs.sha256 == item.sha256)
-        return bool(file.blob_id == item.git_id())
+        return hub.is_whole(item.local, hub.identity(file), lambda _: item.sha256)
 
 
 class HubTarget:
@@ -63,8 +57,6 @@ class HubTarget:
             raise TypeError("the target 'hub' has a repo: the configuration sees to it")
         self.repo = section.repo
         self._section = section
-        # Read when needed: the client itself looks at these variables only when it is first imported.
-        self._endpoint = os.environ.get("HF_ENDPOINT") or None
 
     # -- before -------------------------------------------------------------------------------------------------------
 
@@ -81,7 +73,7 @@ class HubTarget:
         try:
             validate_repo_id(self.repo)
         except HFValidationError as error:
-            raise ConfigError(f"publish.repo: {first_line(error)}") from None
+            raise ConfigError(f"publish.repo: {hub.first_line(error)}") from None
         self._token()
         user = self._try("ask who HF_TOKEN belongs to on", lambda: self._api().whoami())
         role = user.get("auth", {}).get("accessToken", {}).get("role")
@@ -119,7 +111,7 @@ class HubTarget:
                     "repo": self.repo,
                     "branch": self._section.branch,
                     "commit": head.commit,
-                    "url": f"{self._address()}/tree/{self._section.branch}",
+                    "url": f"{hub.page(self.repo)}/tree/{self._section.branch}",
                     "commits_made": committed,
                 }
             if committed:
@@ -129,7 +121,7 @@ class HubTarget:
                 break
             if attempt:
                 log(f"{trouble}; trying again")
-                time.sleep(min(30.0, FIRST_PAUSE_S * 2 ** (attempt - 1)))
+                time.sleep(min(30.0, hub.FIRST_PAUSE_S * 2 ** (attempt - 1)))
             try:
                 self._commit(operations, head)
                 committed += 1
@@ -148,9 +140,7 @@ class HubTarget:
         expected = manifest.info["files"][ADAPTER]
         found: list[Any]
         try:
-            found = self._retrying()(
-                lambda: self._api().get_paths_info(self.repo, [ADAPTER], revision=self._section.branch)
-            )
+            found = hub.retried(lambda: self._api().get_paths_info(self.repo, [ADAPTER], revision=self._section.branch))
         except GatedRepoError:
             return None  # it is there; who may read it is another question
         except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -207,7 +197,7 @@ class HubTarget:
                     self.repo,
                     RECORD,
                     revision=head.commit,
-                    endpoint=self._endpoint,
+                    endpoint=hub.endpoint(),
                     token=self._token(),
                     local_dir=folder,
                 ),
@@ -233,7 +223,7 @@ class HubTarget:
                     parent_commit=head.commit,
                 )
         except HfHubHTTPError as error:
-            if _status(error) in (409, 412):
+            if hub.status(error) in (409, 412):
                 raise TransientError(f"somebody else committed to {self.repo} meanwhile") from error
             raise self._told("commit to", error) from error
         except Exception as error:
@@ -242,14 +232,7 @@ class HubTarget:
     # -- talking to the Hub -------------------------------------------------------------------------------------------
 
     def _api(self) -> HfApi:
-        from huggingface_hub import HfApi  # imported late, like all heavy libraries: `--help` stays fast
-
-        return HfApi(endpoint=self._endpoint, token=self._token())
-
-    def _address(self) -> str:
-        from huggingface_hub import constants
-
-        return f"{(self._endpoint or constants.ENDPOINT).rstrip('/')}/{self.repo}"
+        return hub.client(self._token())
 
     def _token(self) -> str:
         """Raises:
@@ -264,37 +247,26 @@ class HubTarget:
             raise ConfigError("publish.repo: HF_TOKEN holds characters that no token has; copy it again")
         return token
 
-    def _retrying(self) -> Retrying:
-        return Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(initial=FIRST_PAUSE_S, max=30, jitter=FIRST_PAUSE_S),
-            retry=retry_if_exception(_is_transient),
-            reraise=True,
-        )
-
     def _try(self, what: str, call: Callable[[], T]) -> T:
         """Runs a call of the client until it works, or is known not to."""
-        try:
-            return self._retrying()(call)
-        except LoralineError:
-            raise
-        except Exception as error:
-            raise self._told(what, error) from error
+        return hub.ask(call, lambda error: self._told(what, error))
 
     def _told(self, what: str, error: Exception) -> LoralineError:
         """The same error in words, of the kind that says whether another try can help."""
-        from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
-
-        if isinstance(error, OfflineModeIsEnabled):
-            return ConfigError("publish.repo: HF_HUB_OFFLINE is set, so nothing can be published on the Hub; unset it")
-        if _status(error) == 403:
-            return ConfigError(f"publish.repo: HF_TOKEN may not write to {self.repo} ({first_line(error)})")
-        if isinstance(error, RepositoryNotFoundError):
-            return ConfigError(f"publish.repo: there is no {self.repo}, or HF_TOKEN may not see it")
-        if _status(error) == 401:
-            return ConfigError(f"publish.repo: the Hub does not accept HF_TOKEN ({first_line(error)}); make a new one")
-        text = f"cannot {what} {self.repo}: {first_line(error)}"
-        return TransientError(text) if _is_transient(error) else InputError(text)
+        line = hub.first_line(error)
+        match hub.trouble(error):
+            case "offline":
+                return ConfigError(
+                    "publish.repo: HF_HUB_OFFLINE is set, so nothing can be published on the Hub; unset it"
+                )
+            case "forbidden" | "gated":
+                return ConfigError(f"publish.repo: HF_TOKEN may not write to {self.repo} ({line})")
+            case "no repository":
+                return ConfigError(f"publish.repo: there is no {self.repo}, or HF_TOKEN may not see it")
+            case "bad token":
+                return ConfigError(f"publish.repo: the Hub does not accept HF_TOKEN ({line}); make a new one")
+        text = f"cannot {what} {self.repo}: {line}"
+        return TransientError(text) if hub.is_transient(error) else InputError(text)
 
 
 @contextmanager
@@ -311,27 +283,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             utils.enable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _is_transient(error: BaseException | None) -> bool:
-    """Whether another try can help: a busy or broken server, a cut or refused connection, a time limit."""
-    while error is not None:
-        status = _status(error)
-        if status is not None:
-            return status in _BUSY
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            return True
-        if isinstance(error, ConnectionError | TimeoutError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,9 +11,10 @@ from typing import Any
 
 from stages.core.artifact import Manifest
 from stages.core.errors import InputError
-from stages.core.fingerprint import CHUNK_BYTES, digest_file
+from stages.core.fingerprint import digest_file
 from stages.core.stage import Context, Inputs
 from stages.publish.card import CardFacts, Pair, render_card
+from stages.publish.gate import read_losses
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 RECORD = "loraline.json"
@@ -37,14 +37,6 @@ class Item:
     local: Path
     sha256: str
     bytes: int
-
-    def git_id(self) -> str:
-        """What git calls this content: sha1 over a short header and the bytes."""
-        sha = hashlib.sha1(b"blob %d\0" % self.bytes, usedforsecurity=False)
-        with self.local.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                sha.update(chunk)
-        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,7 @@ def build_package(context: Context, inputs: Inputs, base_on_hub: bool) -> Packag
         adapter_name=ADAPTER,
         pairs=pairs,
         rounds=_rounds(context, train),
+        losses=read_losses(context.store, train),
         downloads={str(dataset): manifest for dataset, manifest in inputs.all("download").items()},
         train=train,
         record_name=RECORD,

@@ -9,6 +9,7 @@ from typing import Any
 from stages.core.artifact import Manifest, Output
 from stages.core.stage import Context, Inputs, Need, Setting, Stage
 from stages.publish.folder import check_folder, gone_from_folder, publish_to_folder
+from stages.publish.gate import decide, read_losses
 from stages.publish.hub import HubTarget
 from stages.publish.package import ADAPTER, RECORD, build_package
 
@@ -30,7 +31,9 @@ class PublishStage(Stage):
         config, section = setting.config, setting.config.publish
         target = {"repo": section.repo, "branch": section.branch} if section.target == "hub" else {"path": section.path}
         validation = config.validation
+        gate = {} if section.maximum_regression is None else {"maximum_regression": section.maximum_regression}
         return {
+            **gate,
             "target": {"kind": section.target, **target},
             "name": config.name,
             "license": section.license,
@@ -56,13 +59,23 @@ class PublishStage(Stage):
             check_folder(section.path)
 
     def still_there(self, setting: Setting, manifest: Manifest) -> str | None:
+        if manifest.info.get("published") is False:
+            return None  # a refusal stands: the same adapter measured against the same one is refused again
         section = setting.config.publish
         if section.target == "hub":
             return HubTarget(section).gone(manifest)
         return gone_from_folder(manifest, section.path or "", setting.store.digests)
 
     def run(self, context: Context, inputs: Inputs) -> Output:
-        section = context.config.publish
+        """Publishes, unless the quality gate says no: that is a result as well, and no failure."""
+        section, train = context.config.publish, inputs.one("train")
+        losses = read_losses(context.store, train)
+        decision = decide(section.maximum_regression, losses)
+        told = {"target": section.target, "published": decision.publish, "decision": decision.words}
+        context.log(decision.words, "info" if decision.publish else "warning")
+        if not decision.publish:
+            info = {**told, "train": train.fingerprint, "current": {"train": losses.fingerprint}}
+            return Output(counts={"adapter_not_published": 1}, info=info)
         base = context.config.model.pretrained_model_name_or_path
         on_hub = bool(_HUB_NAME.fullmatch(base)) and not Path(base).expanduser().is_dir()
         package = build_package(context, inputs, on_hub)
@@ -83,15 +96,23 @@ class PublishStage(Stage):
         return Output(
             files=files,
             counts={"files": len(package.items)},
-            info={"target": section.target, **done, "files": package.digests()},
+            info={
+                **told,
+                **done,
+                "train": train.fingerprint,
+                "current": {"train": train.fingerprint},
+                "files": package.digests(),
+            },
         )
 
 
 def _card_settings(setting: Setting) -> dict[str, Any]:
     """The training settings that the card names."""
-    return setting.config.train.model_dump(
+    train = setting.config.train
+    return train.model_dump(
         mode="json",
         include={
+            **({"previous": True, "warm_start": True} if train.previous else {}),
             "steps": True,
             "train_batch_size": True,
             "gradient_accumulation_steps": True,

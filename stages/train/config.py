@@ -101,6 +101,11 @@ class TrainSection(Section):
     """Steps between checkpoints. A run that was cut off goes on from its last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older checkpoints are deleted."""
+    previous: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Fingerprint of the train artifact whose adapter is published now: the new one is measured against it. The sensor
+    and `loraline run --against-published` fill it in by themselves (see docs/train.md)."""
+    warm_start: bool = False
+    """Start from the weights of `previous` instead of from nothing; where there is no `previous`, from nothing."""
     device: str = "auto"
     """'auto', 'cpu', 'cuda', ..."""
 

@@ -17,21 +17,36 @@ if TYPE_CHECKING:
     from stages.train.data import Batch, TrainingData
 
 
-def choose_held_out(images: Iterable[str], share: float, at_most: int, needed: int) -> set[str]:
+def place_of(image: str) -> str:
+    """An image's place in the queue for being held out: a digest of its digest, whatever else is in the data set."""
+    return hashlib.sha256(f"held out {image}".encode()).hexdigest()
+
+
+def border_of(held_out: Iterable[str]) -> str:
+    """The last place that is held out; '' where none is. Images up to it were not trained on, since those held out are
+    the first of the queue: also an image that comes into the data set later is known by its place alone."""
+    return max(map(place_of, held_out), default="")
+
+
+def choose_held_out(
+    images: Iterable[str], share: float, at_most: int, needed: int, border: str | None = None
+) -> set[str]:
     """Digests of the images to hold out of training.
 
-    They are those whose own digest of a digest is smallest: a choice that hardly moves when a data set grows, and that
-    takes copies of a picture together.
+    They are the first of a queue that every image has a fixed place in: a choice that hardly moves when a data set
+    grows, and that takes copies of a picture together.
 
     Args:
         images: image digests of all samples.
         share: the share to hold out; 0 is none, and above 0 it is at least one.
         at_most: upper limit.
         needed: different images that training cannot do without; they are never touched.
+        border: of an earlier training (see `border_of`): none behind it is taken, because that one may have been
+            trained on it. A share that is rounded up, or a larger one, would otherwise reach such images.
     """
-    distinct = sorted(set(images), key=lambda image: hashlib.sha256(f"held out {image}".encode()).digest())
+    distinct = sorted(set(images), key=place_of)
     count = min(max(1, round(share * len(distinct))) if share > 0 else 0, at_most, max(0, len(distinct) - needed))
-    return set(distinct[:count])
+    return {image for image in distinct[:count] if border is None or place_of(image) <= border}
 
 
 @dataclass(frozen=True)

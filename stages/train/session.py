@@ -19,15 +19,16 @@ from stages.core.errors import InputError
 from stages.core.stage import Context, Inputs
 from stages.models.device import pick_device, set_threads, torch_dtype
 from stages.models.source import ModelSource
-from stages.models.transformer import add_lora, load_transformer
+from stages.models.transformer import ADAPTER, add_lora, load_transformer
 from stages.train.checkpoint import Checkpoints, restore
 from stages.train.data import TextEmbeddings, TrainingData, read_entries
 from stages.train.draws import seed_for
 from stages.train.export import FILE, export_adapter
-from stages.train.heldout import HeldOut, choose_held_out
+from stages.train.heldout import HeldOut, border_of, choose_held_out
 from stages.train.journal import Journal
 from stages.train.loop import Trainer
 from stages.train.order import Order
+from stages.train.previous import find_previous, load_weights, worn
 from stages.train.validation import Painter, as_loaded
 
 
@@ -39,9 +40,11 @@ class History:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[dict[str, Any]] = field(default_factory=list)
     """Step, index, prompt and file name of each, and the stored file."""
+    previous: dict[str, Any] | None = None
+    """The held-out loss of the adapter published before, where there is one; see `Session._measure_previous`."""
 
     def record(self) -> dict[str, Any]:
-        return {"steps": self.steps, "rounds": self.rounds, "pictures": self.pictures}
+        return {"steps": self.steps, "rounds": self.rounds, "pictures": self.pictures, "previous": self.previous}
 
 
 class Session:
@@ -60,6 +63,7 @@ class Session:
         self.device = pick_device(self.section.device, "train.device")
         self.dtype = torch_dtype(self.section.mixed_precision)
         self.source = ModelSource(self.config.model, context.store)
+        self.previous = find_previous(context.store, self.section)
         text = TextEmbeddings(context.store, inputs.one("embeds"), self.config.embeds.t5_length)
         self.trainer, self.table = self._trainer(inputs, text)
         self.held_out = HeldOut(self.section, self.trainer.data, self.trainer.patch_size, self.config.seed)
@@ -84,7 +88,7 @@ class Session:
         entries = read_entries(context.store, inputs.all("download"), inputs.all("latents"))
         images = [image for entry in entries for image in entry.images]
         needed = section.train_batch_size * section.gradient_accumulation_steps
-        held = choose_held_out(images, section.evaluation.share, section.evaluation.max_samples, needed)
+        held = self._choose_held_out(images, needed)
         window = min(section.shuffle_shards, max(1, len(entries)))
         data = TrainingData(context.store, entries, text, held, self.device, self.dtype, shards_open=2 * window)
         if not data.samples:
@@ -107,9 +111,27 @@ class Session:
         )
         count = sum(part.numel() for part in adapter.values())
         context.log(f"adapter: {count:,} parameters in {len(adapter) // 2} layers, rank {section.lora.rank}")
+        if section.warm_start and self.previous is not None:
+            load_weights(context.store, self.previous, adapter, ADAPTER)
+            context.log(f"warm start: from the weights of the adapter of {self.previous.fingerprint[:12]}")
+        elif section.warm_start:
+            context.log("warm start: there is no adapter yet to start from (train.previous); it starts from nothing")
         if section.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return Trainer(section, seed, model, adapter, data, order, self._accelerator()), report.grouped()
+
+    def _choose_held_out(self, images: list[str], needed: int) -> set[str]:
+        """The images to hold out: ones that the previous adapter was not trained on either, where there are such."""
+        choice = self.section.evaluation
+        border = self.previous.border if self.previous is not None else None
+        held = choose_held_out(images, choice.share, choice.max_samples, needed, border)
+        self.comparable = self.previous is not None and bool(held)
+        if not held:
+            held = choose_held_out(images, choice.share, choice.max_samples, needed)
+        self.border = border_of(held)
+        if self.section.warm_start and border is not None:
+            self.border = min(self.border, border)  # what the previous one has seen, this one has seen
+        return held
 
     def _accelerator(self) -> Accelerator:
         # Accelerate keeps its first settings for the whole process; a process may train twice (tests, a flow).
@@ -150,6 +172,7 @@ class Session:
             context.log(f"going on after step {start} of {last}, where an earlier run was cut off")
         self.journal = Journal(context.store, self.name, context.scratch, start)
         if saved is None:
+            self._measure_previous()
             self._look(0)
         with (
             context.progress("training", last, "step", done=start) as bar,
@@ -184,6 +207,29 @@ class Session:
         if draw:
             self._draw(step)
         self.trainer.model.train()
+
+    def _measure_previous(self) -> None:
+        """The held-out loss of the previous adapter: what a quality gate compares the new one's with."""
+        if self.previous is None:
+            return
+        record: dict[str, Any] = {"fingerprint": self.previous.fingerprint}
+        if not self.comparable:
+            reason = "every picture that could be held out may be one that it was trained on"
+            record["reason"] = reason if len(self.held_out) else "no pictures are held out"
+            self.context.log(f"the adapter of {self.previous.fingerprint[:12]} is not measured: {record['reason']}")
+        else:
+            with (
+                torch.no_grad(),
+                self.context.progress("held-out loss of the adapter before", self.held_out.passes, "pass") as bar,
+                worn(self.trainer.model, self.context.store, self.previous),
+            ):
+                found = self.held_out.evaluate(0, self.trainer.predict, bar.advance)
+            record |= {"loss": found.loss, "by_sigma": found.by_sigma}
+            self.context.log(
+                f"held-out loss of the adapter of {self.previous.fingerprint[:12]}, which this one is measured "
+                f"against: {found.loss:.5f}"
+            )
+        self.history.previous = record
 
     def _evaluate(self, step: int) -> None:
         assert self.journal is not None
@@ -245,6 +291,7 @@ class Session:
             "loss_last": math.fsum(losses[-several:]) / several,
             "loss_smoothed_over": several,
             "held_out": [[found["step"], found["loss"]] for found in history.rounds],
+            "held_out_border": self.border,
             "adapter_parameters": sum(part.numel() for part in self.trainer.parameters),
             "base_layers": self.table,
             "pictures": [
@@ -255,6 +302,9 @@ class Session:
             "device": str(self.device),
             "run": self.name,
         }
+        if history.previous is not None:
+            info["previous"] = {name: value for name, value in history.previous.items() if name != "by_sigma"}
+            info["warm_start"] = self.section.warm_start
         counts = {"steps": self.section.steps, "samples_shown": samples, "pictures": len(history.pictures)}
         return Output(files=files, counts=counts, info=info)
 
@@ -264,7 +314,10 @@ class Session:
             {"dataset": data.entries[shard].dataset, "key": data.entries[shard].keys[row]}
             for shard, row in data.held_out
         ]
-        return json.dumps({"held_out": keys, "rounds": self.history.rounds}, indent=1, sort_keys=True).encode()
+        record: dict[str, Any] = {"held_out": keys, "rounds": self.history.rounds}
+        if self.history.previous is not None:
+            record["previous"] = self.history.previous
+        return json.dumps(record, indent=1, sort_keys=True).encode()
 
     def _notes(self) -> dict[str, str]:
         """What the adapter's file says of itself, beside what loading needs."""
@@ -279,6 +332,7 @@ class Session:
             "loraline.base_model_weights": self.source.identity("transformer")["weights"],
             "loraline.base_model_precision": section.base_model_precision,
             "loraline.steps": str(section.steps),
+            **({"loraline.warm_start": str(section.previous)} if section.warm_start and section.previous else {}),
             "loraline.train_fingerprint": self.context.fingerprint,
         }
 

@@ -29,6 +29,8 @@ class TrainStage(Stage):
         config = setting.config
         train = config.train.model_dump(mode="json", exclude=_IMMATERIAL)
         train["lora"]["alpha"] = config.train.lora.scaled_alpha
+        if config.train.previous is None:  # a training that follows none is the same as before there were such
+            del train["previous"], train["warm_start"]
         return {
             "seed": config.seed,
             "train": train,
@@ -45,6 +47,7 @@ class TrainStage(Stage):
         from stages.models.device import pick_device
         from stages.models.quantise import LEVELS
         from stages.models.transformer import check_patterns, lora_layers
+        from stages.train.previous import check_previous
 
         section, source = setting.config.train, ModelSource(setting.config.model, setting.store)
         pick_device(section.device, "train.device")
@@ -61,6 +64,8 @@ class TrainStage(Stage):
                 f"train.lr_warmup_steps: {section.lr_warmup_steps} is more than train.steps, {section.steps}: the full "
                 f"learning rate would never be reached"
             )
+        if section.previous is not None:
+            check_previous(setting.store, section, source.identity("transformer")["config"])
 
     def _check_picture_size(self, setting: Setting, source: ModelSource) -> None:
         section = setting.config.validation

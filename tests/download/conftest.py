@@ -110,7 +110,7 @@ def bench(tmp_path: Path) -> Bench:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub on loopback with small pages; the environment leads the client to it, without a token."""
-    monkeypatch.setattr("stages.download.hub.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stages.core.hub.FIRST_PAUSE_S", 0.01)
     with HubServer(tmp_path / "hub", tree_page_size=7) as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)

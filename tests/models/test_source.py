@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from stages.core import hub
 from stages.core.errors import ConfigError, CorruptBlobError, TransientError
 from stages.core.store import Store, StoreSection
-from stages.models import hub
 from stages.models.config import ModelSection
 from stages.models.source import COMPONENTS, MODELS, TOKENIZERS, ModelSource
 from stages.models.vae import load_vae

@@ -121,7 +121,7 @@ def make_bench(root: Path, publish: dict[str, Any], **sections: Any) -> Bench:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub on loopback; the environment leads the client to it, with a token that may write."""
-    monkeypatch.setattr("stages.publish.hub.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("stages.core.hub.FIRST_PAUSE_S", 0.01)
     with HubServer(tmp_path / "hub") as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
