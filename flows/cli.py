@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stages import retrain
 from stages.cli import ConfigOption, SetOption, told_kindly
 from stages.config import load_config
 from stages.core.console import ConsoleReporter
@@ -40,6 +42,9 @@ def run(
     with told_kindly():
         loaded = load_config(config, sets or [])
         pipeline = Pipeline.open(loaded)
+        if against_published:
+            loaded = retrain.against_published(pipeline)
+            pipeline = replace(pipeline, config=loaded)
         console = Console(stderr=True)
         has_server = bool(os.environ.get("PREFECT_API_URL"))
         if not has_server and not force:

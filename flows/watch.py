@@ -103,8 +103,8 @@ def pinned(config: dict[str, Any], states: dict[str, Any], previous: str | None 
         commit = states[Node("download", dataset["id"]).label].get("commit")
         source = {**dataset["source"], "revision": commit} if commit else dataset["source"]
         datasets.append({**dataset, "source": source})
-    train = {**(config.get("train") or {}), **({"previous": previous} if previous else {})}
-    return {**config, "datasets": datasets, "train": train}
+    train = {"train": {**config.get("train", {}), "previous": previous}} if previous else {}
+    return {**config, "datasets": datasets, **train}
 
 
 def _skip(reason: str) -> State[str]:

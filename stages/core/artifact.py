@@ -19,6 +19,9 @@ SCHEMA_VERSION = 1
 # names `pixels`, `captions` and `pairs`), so that a caption that changed does not touch the crops.
 CONTENT = "content"
 
+# The sidecar of a shard that lists its samples' keys in order, one a line.
+KEYS = "keys"
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -35,7 +35,7 @@ class ShardWriter:
         self.path = path
         self.samples = 0
         self.bytes = 0
-        self._keys: set[str] = set()
+        self._keys: dict[str, None] = {}
         self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed in close())
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -44,7 +44,7 @@ class ShardWriter:
             raise ValueError(f"{key!r} is no sample key: letters, digits, '_' and '-', at most 72")
         if key in self._keys:
             raise ValueError(f"sample key {key!r} twice in {self.path.name}")
-        self._keys.add(key)
+        self._keys[key] = None
         for extension in sorted(members):
             if not EXTENSION_PATTERN.fullmatch(extension):
                 raise ValueError(f"{extension!r} is no member extension")
@@ -55,6 +55,11 @@ class ShardWriter:
             self._tar.addfile(member, io.BytesIO(data))
             self.bytes += len(data)
         self.samples += 1
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the samples written so far, in order."""
+        return list(self._keys)
 
     def close(self) -> None:
         self._tar.close()

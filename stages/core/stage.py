@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from stages.core.artifact import CONTENT, Blob, Manifest, NamedFile, Output, Shard
+from stages.core.artifact import CONTENT, KEYS, Blob, Manifest, NamedFile, Output, Shard
 from stages.core.errors import PreemptedError
 from stages.core.events import Level, Message, Metric, Picture, ProgressTask, Reporter, progress
 from stages.core.preemption import StopFlag
@@ -121,12 +121,20 @@ class Context:
         bucket: tuple[int, int] | None = None,
         facets: dict[str, str] | None = None,
         sidecars: dict[str, Blob] | None = None,
+        keys: Sequence[str] | None = None,
     ) -> Shard:
-        """Uploads a finished local tar, deletes it, and names it."""
+        """Uploads a finished local tar, deletes it, and names it.
+
+        Args:
+            keys: the samples' keys in order, for a sidecar that tells them without the shard (see `Store.keys`).
+        """
+        beside = dict(sidecars or {})
+        if keys is not None:
+            beside[KEYS] = self.store.put_bytes("".join(f"{key}\n" for key in keys).encode(), ".txt")
         blob = self.store.put_file(path, ".tar")
         path.unlink()
         return Shard(
-            **blob.model_dump(), name=name, samples=samples, bucket=bucket, facets=facets or {}, sidecars=sidecars or {}
+            **blob.model_dump(), name=name, samples=samples, bucket=bucket, facets=facets or {}, sidecars=beside
         )
 
     def save_file(self, name: str, data: bytes | Path) -> NamedFile:

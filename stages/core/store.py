@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from stages.core.artifact import SCHEMA_VERSION, ArtifactRef, Blob, Manifest, manifest_path
+from stages.core.artifact import KEYS, SCHEMA_VERSION, ArtifactRef, Blob, Manifest, Shard, manifest_path
 from stages.core.config import Section
 from stages.core.errors import CorruptBlobError, StoreError
 from stages.core.filesystem import Files, LocalFiles, ObjectFiles
 from stages.core.fingerprint import digest_file
+from stages.core.shard import MappedShard
 from stages.core.statcache import StatCache
 
 
@@ -194,6 +195,12 @@ class Store:
     def read_blob(self, blob: Blob) -> bytes:
         """The bytes of a small blob, verified."""
         return self.fetch(blob).read_bytes()
+
+    def keys(self, shard: Shard) -> list[str]:
+        """The keys of a shard's samples in order: from its sidecar, without the shard, where it has one."""
+        if KEYS in shard.sidecars:
+            return self.read_blob(shard.sidecars[KEYS]).decode().splitlines()
+        return MappedShard(self.fetch(shard)).keys
 
     def _trim_cache(self) -> None:
         limit = self.section.cache_gb * 1e9

@@ -117,7 +117,8 @@ def prompts(config: Config) -> list[str]:
 def _save(context: Context, finished: Finished) -> Shard:
     unit = finished.unit
     # Named by its captions, as its memo is: units are renumbered when captions come and go.
-    return context.save_shard(finished.path, f"captions-{digest_of(unit.identity)[:12]}", unit.samples)
+    name = f"captions-{digest_of(unit.identity)[:12]}"
+    return context.save_shard(finished.path, name, unit.samples, keys=unit.payload.names())
 
 
 def _output(finished: Finished, upload: Future[Shard]) -> tuple[Unit, Output]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.artifact import Output, Shard
@@ -102,7 +101,7 @@ class LatentsStage(MapStage):
                         arriving = None
                     if batch.last:
                         writer.close()
-                        arriving = (unit, uploader.submit(_save, context, writer.path, unit.payload))
+                        arriving = (unit, uploader.submit(_save, context, writer, unit.payload))
                         writer = None
             except Exception:
                 if arriving is not None:  # a shard that fails does not take the finished one before it along
@@ -165,11 +164,12 @@ def _read_ahead(context: Context, units: Sequence[Unit], size: int) -> Iterator[
             yield unit, batch
 
 
-def _save(context: Context, path: Path, source: Shard) -> Shard:
+def _save(context: Context, writer: ShardWriter, source: Shard) -> Shard:
     # Named by what it was made of, as its memo is: a name that followed the unit's number would tell lies after
     # shards were added.
     width, height = source.bucket or (0, 0)
-    return context.save_shard(path, f"latents-{width}x{height}-{source.sha256[:12]}", source.samples, source.bucket)
+    name = f"latents-{width}x{height}-{source.sha256[:12]}"
+    return context.save_shard(writer.path, name, source.samples, source.bucket, keys=writer.keys)
 
 
 def _finished(unit: Unit, upload: Future[Shard]) -> tuple[Unit, Output]:

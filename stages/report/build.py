@@ -23,7 +23,15 @@ from stages.report.charts import swatch
 from stages.report.datasets import CROPS, SHEETS, DatasetView, view_dataset
 from stages.report.missing import Gaps
 from stages.report.pictures import Album
-from stages.report.provenance import base_layers, origins, outcome, published, training_facts, versions
+from stages.report.provenance import (
+    base_layers,
+    origins,
+    outcome,
+    published,
+    training_facts,
+    verdict,
+    versions,
+)
 from stages.report.record import Action, RunRecord, manifests_of, records_in_store
 from stages.report.timeline import rows
 from stages.report.training import TrainingView, view_training
@@ -72,6 +80,7 @@ def build_report(pipeline: Pipeline, records: Sequence[RunRecord], error: str | 
             failed=failed,
             error_is_told=bool(error) and any(record.reason and record.reason in str(error) for record in failed),
             published=published(config.publish, publish),
+            verdict=verdict(config.publish, publish),
             tiles=_tiles(records, manifests, datasets, training),
             timeline=rows(records),
             timeline_more=max(0, len(records) - len(rows(records))),
@@ -188,6 +197,9 @@ def _tiles(
         first, last = training.held_out_first or 0.0, training.held_out_last or 0.0
         note = f"{wording.number(first)} → {wording.number(last)}"
         tiles.append((wording.percent(training.held_out_change), "held-out loss", note))
+    if training and training.versus_published is not None:
+        note = f"{wording.number(training.held_out_last or 0.0)}, before {wording.number(training.published or 0.0)}"
+        tiles.append((wording.percent(training.versus_published), "against published", note))
     ran = sum(record.action in ("ran", "failed") for record in records)
     seconds = sum(record.seconds for record in records if record.action in ("ran", "failed"))
     reused = sum(record.action == "reused" for record in records)

@@ -49,6 +49,14 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the quality gate decided, and why, in the publish stage's own words."""
+
+    published: bool
+    words: str
+
+
+@dataclass(frozen=True)
 class Layers:
     """How one kind of layer of the frozen base is held; `bits` a parameter, with scales and biases."""
 
@@ -116,14 +124,25 @@ def versions(manifests: Mapping[Node, Manifest]) -> list[Version]:
 
 
 def published(section: PublishSection, manifest: Manifest | None) -> Published | None:
-    """Where the adapter went, as the publish stage tells it; a folder is known from the configuration alone."""
-    if manifest is None:
+    """Where the adapter went, as the publish stage tells it; a folder is known from the configuration alone. None where
+    it went nowhere."""
+    if manifest is None or manifest.info.get("published") is False:
         return None
     info = manifest.info
     place = next((str(info[key]) for key in ("repo", "path") if info.get(key)), section.repo or section.path or "?")
     url = str(info.get("url") or "")
     commit = info.get("commit")
     return Published(place, url if url.startswith(("https://", "http://")) else None, str(commit) if commit else None)
+
+
+def verdict(section: PublishSection, manifest: Manifest | None) -> Verdict | None:
+    """The decision about publishing; None where the publish stage is not done, or no gate is set and nothing was
+    compared, so that there is nothing to tell."""
+    if manifest is None or not manifest.info.get("decision"):
+        return None
+    words = str(manifest.info["decision"])
+    told = section.maximum_regression is not None or "held-out loss" in words
+    return Verdict(bool(manifest.info.get("published")), words) if told else None
 
 
 def training_facts(section: TrainSection, manifest: Manifest | None) -> list[tuple[str, str]]:
@@ -136,6 +155,9 @@ def training_facts(section: TrainSection, manifest: Manifest | None) -> list[tup
         ("adapter", f"rank {rank}, alpha {alpha:g}, on {', '.join(section.lora.targets)}"),
         ("batch", f"{wording.plural(batch, 'picture')} a step"),
     ]
+    if section.previous is not None:
+        start = f"the adapter of {section.previous[:12]}" if section.warm_start else "a fresh adapter"
+        rows.append(("started from", start))
     info = manifest.info if manifest is not None else {}
     known = (
         ("adapter_parameters", "adapter parameters", wording.count),

@@ -65,6 +65,15 @@ class TrainingView:
     held_out: int
     held_out_first: float | None
     held_out_last: float | None
+    published: float | None = None
+    """Held-out loss of the adapter that was published before, on the same pictures."""
+
+    @property
+    def versus_published(self) -> float | None:
+        """By how much the held-out loss is above that of the adapter published before, as a share of it."""
+        if not self.published or self.held_out_last is None:
+            return None
+        return self.held_out_last / self.published - 1
 
     @property
     def held_out_change(self) -> float | None:
@@ -77,15 +86,16 @@ class TrainingView:
 def view_training(manifest: Manifest, sigmas: SigmaSection, store: Store, album: Album, gaps: Gaps) -> TrainingView:
     """Puts the training's part together out of its artifact."""
     log = gaps.attempt("training log", read_log, store, manifest) or []
-    held_out, pictures = gaps.attempt("held-out evaluation", read_evaluation, store, manifest) or ([], 0)
+    found = gaps.attempt("held-out evaluation", read_evaluation, store, manifest)
+    held_out, pictures, before = found or ([], 0, None)
     loss = curve(log, "loss")
     charts: list[Chart | None] = []
     if loss:
         charts.append(gaps.attempt("loss curve", loss_chart, loss))
     if held_out:
-        charts.append(gaps.attempt("held-out curve", held_out_chart, held_out, pictures))
+        charts.append(gaps.attempt("held-out curve", held_out_chart, held_out, pictures, before))
     if len(held_out) > 1 and held_out[0].by_sigma and held_out[-1].by_sigma:
-        charts.append(gaps.attempt("held-out loss by noise level", by_sigma_chart, held_out))
+        charts.append(gaps.attempt("held-out loss by noise level", by_sigma_chart, held_out, before))
     charts.append(gaps.attempt("noise levels", sigma_chart, sigmas))
     for key, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm")):
         points = curve(log, key)
@@ -103,6 +113,7 @@ def view_training(manifest: Manifest, sigmas: SigmaSection, store: Store, album:
         held_out=pictures,
         held_out_first=held_out[0].loss if held_out else None,
         held_out_last=held_out[-1].loss if held_out else None,
+        published=before.loss if before is not None and math.isfinite(before.loss) else None,
     )
 
 
@@ -129,23 +140,24 @@ class Evaluation:
     by_sigma: list[Point]
 
 
-def read_evaluation(store: Store, manifest: Manifest) -> tuple[list[Evaluation], int]:
-    """The rounds of evaluation.json by step, and how many pictures are held out.
+def read_evaluation(store: Store, manifest: Manifest) -> tuple[list[Evaluation], int, Evaluation | None]:
+    """The rounds of evaluation.json by step, how many pictures are held out, and the round of the adapter published
+    before, where it was measured.
 
     Raises:
         KeyError: the artifact has no evaluation.
         StoreError, ValueError: it cannot be read.
     """
     record = json.loads(store.read_blob(manifest.file("evaluation.json")))
-    rounds = [
-        Evaluation(
-            int(entry["step"]),
-            float(entry["loss"]),
-            sorted((float(sigma), float(loss)) for sigma, loss in entry.get("by_sigma", {}).items()),
-        )
-        for entry in record["rounds"]
-    ]
-    return sorted(rounds, key=lambda entry: entry.step), len(record.get("held_out", []))
+    rounds = [_evaluation(int(entry["step"]), entry) for entry in record["rounds"]]
+    previous = record.get("previous") or {}
+    before = _evaluation(0, previous) if previous.get("loss") is not None else None
+    return sorted(rounds, key=lambda entry: entry.step), len(record.get("held_out", [])), before
+
+
+def _evaluation(step: int, entry: Mapping[str, Any]) -> Evaluation:
+    levels = entry.get("by_sigma", {}).items()
+    return Evaluation(step, float(entry["loss"]), sorted((float(sigma), float(loss)) for sigma, loss in levels))
 
 
 def curve(log: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
@@ -166,27 +178,34 @@ def loss_chart(loss: Sequence[Point]) -> Chart:
     return Chart("Training loss", svg, [("faint", "each step"), ("main", "smoothed")], note)
 
 
-def held_out_chart(rounds: Sequence[Evaluation], pictures: int) -> Chart:
+def held_out_chart(rounds: Sequence[Evaluation], pictures: int, before: Evaluation | None = None) -> Chart:
     first, last = rounds[0].loss, rounds[-1].loss
     change = f", {wording.percent(last / first - 1)}" if first else ""
     points = [(float(entry.step), entry.loss) for entry in rounds]
-    svg = line_chart("Held-out loss by step", [Line("held out", points, "second", marks=True)], "step", "loss")
+    lines, legend = [Line("held out", points, "second", marks=True)], []
+    if before is not None:
+        lines.insert(0, Line("published before", [(step, before.loss) for step, _ in (points[0], points[-1])], "main"))
+        legend.append(("main", f"the adapter published before, {wording.number(before.loss)}"))
+    svg = line_chart("Held-out loss by step", lines, "step", "loss")
     what = f"{wording.plural(pictures, 'picture') if pictures else 'pictures'} that training never sees"
     note = f"{wording.number(first)} → {wording.number(last)}{change}. Same noise and noise levels every time."
-    return Chart("Held-out loss", svg, [("second", what)], note)
+    return Chart("Held-out loss", svg, [("second", what), *legend], note)
 
 
-def by_sigma_chart(rounds: Sequence[Evaluation]) -> Chart:
+def by_sigma_chart(rounds: Sequence[Evaluation], before: Evaluation | None = None) -> Chart:
     """Where along the noise the adapter helps: held-out loss by noise level, first and last round."""
     first, last = rounds[0], rounds[-1]
     lines = [
         Line("before", first.by_sigma, "main", marks=True),
         Line("after", last.by_sigma, "second", marks=True),
     ]
+    published = [("faint", "the adapter published before")] if before is not None and before.by_sigma else []
+    if published and before is not None:
+        lines.insert(0, Line("published before", before.by_sigma, "faint", marks=True))
     title, label = "Held-out loss by noise level", "sigma before the shift (1 is pure noise)"
     svg = line_chart(title, lines, label, "loss", x_range=(0.0, 1.0))
     legend = [("main", f"step {wording.count(first.step)}"), ("second", f"step {wording.count(last.step)}")]
-    return Chart(title, svg, legend)
+    return Chart(title, svg, [*legend, *published])
 
 
 def plain_chart(title: str, points: Sequence[Point]) -> Chart:

@@ -30,7 +30,11 @@ EMPTY_CAPTION = digest_bytes(b"")
 READ_AHEAD = 2
 """Batches that are made ready while a step computes."""
 SHARDS_AHEAD = 2
-"""Shards that are fetched from the store ahead of their turn."""
+"""Shards that are fetched from the store at once, ahead of their turn."""
+TEXTS_OPEN = 256
+"""Shards of text embeddings that are kept open: each holds a file descriptor, of which a process often has 1,024."""
+LISTED_AT_ONCE = 8
+"""Lists of keys that are read from the store at once, before training starts."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,7 @@ def read_entries(
             for line in store.read_blob(shard.sidecars["captions"]).splitlines():
                 record = json.loads(line)
                 known[record["key"]] = (record["caption_sha256"], record["image_sha256"])
-        for shard in manifest.shards:
-            keys = MappedShard(store.fetch(shard)).keys
+        for shard, keys in _listed(store, manifest.shards):
             missing = [key for key in keys if key not in known]
             if missing:
                 raise InputError(
@@ -99,8 +102,15 @@ def read_entries(
     return entries
 
 
+def _listed(store: Store, shards: Sequence[Shard]) -> list[tuple[Shard, list[str]]]:
+    """Shards with the keys of their samples; the shards themselves stay where they are."""
+    with ThreadPoolExecutor(LISTED_AT_ONCE, "keys") as pool:
+        return list(zip(shards, pool.map(store.keys, shards), strict=True))
+
+
 class TextEmbeddings:
-    """The text embeddings of every caption, by the caption's sha256; nothing is held in memory.
+    """The text embeddings of every caption, by the caption's sha256; nothing is held in memory. A shard is fetched when
+    it is first wanted or read.
 
     Args:
         store, manifest: where the embeds artifact is.
@@ -109,9 +119,9 @@ class TextEmbeddings:
 
     def __init__(self, store: Store, manifest: Manifest, t5_length: int) -> None:
         self._t5_length = t5_length
-        with ThreadPoolExecutor(4, "embeds") as pool:
-            shards = list(pool.map(lambda shard: MappedShard(store.fetch(shard)), manifest.shards))
-        self._where = {key: shard for shard in shards for key in shard.keys}
+        listed = _listed(store, manifest.shards)
+        self._where = {key: number for number, (_, keys) in enumerate(listed) for key in keys}
+        self._shelf = Shelf(store, manifest.shards, TEXTS_OPEN)
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._where
@@ -128,7 +138,8 @@ class TextEmbeddings:
             raise InputError(
                 f"embeds has no caption {digest[:12]}; run `loraline stage embeds --force`, then train again"
             )
-        parts = safetensors.torch.load(bytes(self._where[digest].read(digest, "safetensors")))
+        shard = self._shelf.take(self._where[digest])
+        parts = safetensors.torch.load(bytes(shard.read(digest, "safetensors")))
         clip_LD, t5_LD = parts["clip"], parts["t5"]
         clip_LD = F.pad(clip_LD, (0, t5_LD.shape[-1] - clip_LD.shape[-1]))
         t5_LD = F.pad(t5_LD, (0, 0, 0, self._t5_length - t5_LD.shape[0]))
@@ -137,13 +148,20 @@ class TextEmbeddings:
     def of_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
         return self.read(digest_bytes(prompt.encode()))
 
+    def want(self, digest: str) -> None:
+        """Has the shard of a caption fetched that will be read soon."""
+        self._shelf.want(self._where[digest])
+
+    def close(self) -> None:
+        self._shelf.close()
+
 
 class Shelf:
-    """Open latent shards: fetched in the background in the order of need, the least recently used ones put back."""
+    """Open shards: fetched in the background in the order of need, the least recently used ones put back."""
 
-    def __init__(self, store: Store, entries: Sequence[Entry], capacity: int) -> None:
-        self._store, self._entries, self._capacity = store, entries, capacity
-        self._pool = ThreadPoolExecutor(SHARDS_AHEAD, "latents")
+    def __init__(self, store: Store, shards: Sequence[Shard], capacity: int) -> None:
+        self._store, self._shards, self._capacity = store, shards, capacity
+        self._pool = ThreadPoolExecutor(SHARDS_AHEAD, "shards")
         self._open: OrderedDict[int, Future[MappedShard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -159,7 +177,7 @@ class Shelf:
         with self._lock:
             future = self._open.get(number)
             if future is None:
-                shard = self._entries[number].shard
+                shard = self._shards[number]
                 future = self._pool.submit(lambda: MappedShard(self._store.fetch(shard)))
                 self._open[number] = future
                 while len(self._open) > self._capacity:
@@ -196,7 +214,7 @@ class TrainingData:
     ) -> None:
         self.entries, self.text = entries, text
         self._device, self._dtype = device, dtype
-        self._shelf = Shelf(store, entries, shards_open + SHARDS_AHEAD)
+        self._shelf = Shelf(store, [entry.shard for entry in entries], shards_open + SHARDS_AHEAD)
         self.held_out: list[tuple[int, int]] = []
         self._rows: list[list[int]] = []
         for number, entry in enumerate(entries):
@@ -228,6 +246,11 @@ class TrainingData:
         for number in dict.fromkeys(shard for shard, _ in refs):
             self._shelf.want(number)
 
+    def want_texts(self, refs: Sequence[tuple[int, int]]) -> None:
+        """Has the shards of their captions fetched."""
+        for number, row in refs:
+            self.text.want(self.entries[number].captions[row])
+
     def read(self, refs: Sequence[tuple[int, int]], dropped: Callable[[str], bool] = lambda _key: False) -> Batch:
         """Samples by (shard, row); `dropped` says of a sample's key whether it is shown with the empty caption."""
         keys, latents, texts = [], [], []
@@ -248,6 +271,7 @@ class TrainingData:
 
     def close(self) -> None:
         self._shelf.close()
+        self.text.close()
 
 
 class ReadAhead:

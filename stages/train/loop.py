@@ -26,7 +26,9 @@ if TYPE_CHECKING:  # these take seconds to import and are imported late, so that
     from diffusers import SD3Transformer2DModel
 
 BATCHES_AHEAD = 256
-"""How far ahead the shards of batches are fetched from the store (a local one has them already)."""
+"""How far ahead the latent shards of batches are fetched from the store (a local one has them already)."""
+TEXTS_AHEAD = 32
+"""The same for their captions' shards, of which a batch may need one a sample."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,11 @@ class Trainer:
 
     def read_batch(self, number: int) -> Batch:
         """A batch by its number from the start of training, and the fetching of the shards that come after it."""
-        ahead = min(BATCHES_AHEAD, self.order.batches_per_epoch)
-        for later in range(number + 1 if number == self._first else number + ahead, number + ahead + 1):
-            self.data.want(self.order.batch(later))
+        for want, most in ((self.data.want, BATCHES_AHEAD), (self.data.want_texts, TEXTS_AHEAD)):
+            ahead = min(most, self.order.batches_per_epoch)
+            # At first all of them, from this batch's own on: what is wanted first comes first.
+            for later in range(number if number == self._first else number + ahead, number + ahead + 1):
+                want(self.order.batch(later))
 
         def dropped(key: str) -> bool:
             return draws.chance(self.section.caption_dropout, self.seed, "caption", number, key)

@@ -7,6 +7,7 @@ those pictures: see `stages.train.heldout`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Previous:
             ("targets", ", ".join(sorted(set(self.lora.targets))), ", ".join(sorted(set(lora.targets)))),
             ("exclude_blocks", sorted(set(self.lora.exclude_blocks)), sorted(set(lora.exclude_blocks))),
         ]
-        return [f"{name} {old}, not {new}" for name, old, new in pairs if old != new]
+        return [f"{name} {old} where train.lora has {new}" for name, old, new in pairs if old != new]
 
 
 def find_previous(store: Store, section: TrainSection) -> Previous | None:
@@ -104,8 +105,8 @@ def check_previous(store: Store, section: TrainSection, base_config: str) -> Non
     differences = previous.differences(section.lora)
     if section.warm_start and differences:
         raise ConfigError(
-            f"train.warm_start: the adapter of train.previous ({short}) has {'; '.join(differences)} as train.lora "
-            f"says. Give train.lora what it has, or set train.warm_start: false"
+            f"train.warm_start: the adapter of train.previous ({short}) has {'; '.join(differences)}. Give "
+            f"train.lora what it has, or set train.warm_start: false"
         )
 
 
@@ -137,7 +138,9 @@ def worn(model: SD3Transformer2DModel, store: Store, previous: Previous) -> Iter
     """The model with the previous adapter instead of the one in training, whatever its rank and layers; afterwards the
     one in training is back, untouched."""
     lora = previous.lora
-    parts = add_lora(model, lora.rank, lora.scaled_alpha, 0.0, lora.targets, lora.exclude_blocks, 0, NAME)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted here
+        parts = add_lora(model, lora.rank, lora.scaled_alpha, 0.0, lora.targets, lora.exclude_blocks, 0, NAME)
     try:
         load_weights(store, previous, parts, NAME)
         model.eval()

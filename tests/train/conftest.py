@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 from stages.config import Config
-from stages.core.artifact import Manifest, Output, Shard
+from stages.core.artifact import KEYS, Blob, Manifest, Output, Shard
 from stages.core.events import Recorder
 from stages.core.preemption import StopFlag
 from stages.core.runner import Job, execute
@@ -182,6 +182,7 @@ def make(model_folder: Path, tmp_path: Path) -> Any:
                         name=f"{width}x{height}-{start:05d}",
                         samples=writer.samples,
                         bucket=(width, height),
+                        sidecars={KEYS: listed(store, writer)},
                     )
                 )
         text = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -202,7 +203,9 @@ def make(model_folder: Path, tmp_path: Path) -> Any:
                 tokens[:CLIP, :CLIP_WIDTH], tokens[CLIP : CLIP + t5_stored] = clip, t5
                 texts[caption] = (tokens, pooled)
         blob = store.put_file(path, ".tar")
-        embeds_shard = Shard(**blob.model_dump(), name="embeds", samples=writer.samples)
+        embeds_shard = Shard(
+            **blob.model_dump(), name="embeds", samples=writer.samples, sidecars={KEYS: listed(store, writer)}
+        )
         inputs = Inputs(
             {
                 ("download", "one"): manifest("download", [raw_shard]),
@@ -215,6 +218,11 @@ def make(model_folder: Path, tmp_path: Path) -> Any:
         return made
 
     return factory
+
+
+def listed(store: Store, writer: ShardWriter) -> Blob:
+    """The sidecar that names a shard's samples, as the stages write it."""
+    return store.put_bytes("".join(f"{key}\n" for key in writer.keys).encode(), ".txt")
 
 
 def manifest(stage: str, shards: list[Shard]) -> Manifest:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from stages.core.artifact import KEYS, Shard
 from stages.core.errors import InputError
+from stages.core.shard import ShardWriter, read_shard
 from stages.train import draws
 from stages.train.data import READ_AHEAD, Batch, ReadAhead, Shelf, TextEmbeddings, TrainingData, read_entries
-from tests.train.conftest import T5
+from stages.train.order import Order
+from tests.train.conftest import T5, listed
 
 CPU = torch.device("cpu")
 
@@ -54,14 +58,90 @@ def test_a_latent_that_the_download_does_not_know(make: Any) -> None:
 def test_the_shelf_puts_back_what_was_used_longest_ago(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make({(64, 48): 12})
     entries = read_entries(made.store, made.inputs.all("download"), made.inputs.all("latents"))
-    fetched: list[str] = []
-    real = made.store.fetch
-    monkeypatch.setattr(made.store, "fetch", lambda shard: (fetched.append(shard.name), real(shard))[1])
-    shelf = Shelf(made.store, entries, 2)
+    fetched = fetches(made, monkeypatch)
+    shelf = Shelf(made.store, [entry.shard for entry in entries], 2)
     for number in (0, 1, 0, 2, 0, 1):
         assert shelf.take(number).keys == entries[number].keys
     shelf.close()
     assert fetched == [entries[number].shard.name for number in (0, 1, 2, 1)]
+
+
+def fetches(made: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are fetched from now on, in order; sidecars do not count."""
+    fetched: list[str] = []
+    real = made.store.fetch
+
+    def noted(blob: Any) -> Any:
+        if blob.suffix == ".tar":
+            fetched.append(blob.name)
+        return real(blob)
+
+    monkeypatch.setattr(made.store, "fetch", noted)
+    return fetched
+
+
+def test_no_shard_is_fetched_before_it_is_needed(made_in_parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_in_parts
+    fetched = fetches(made, monkeypatch)
+    data = data_of(made)
+    assert data.samples == 12
+    assert fetched == [], "who is in which shard is told by the shards' lists"
+    entry = data.entries[2]
+    batch = data.read([(2, 1)])
+    assert fetched == [entry.shard.name, f"embeds-{entry.captions[1][:6]}"]
+    tokens, pooled = made.texts[made.captions[entry.keys[1]]]
+    assert torch.equal(batch.text_BLD[0], tokens)
+    assert torch.equal(batch.pooled_BD[0], pooled)
+    data.want([(0, 0)])
+    data.want_texts([(0, 0), (0, 1)])
+    data.read([(0, 0)])
+    data.close()
+    wanted = {data.entries[0].shard.name, *(f"embeds-{data.entries[0].captions[row][:6]}" for row in (0, 1))}
+    assert wanted <= set(fetched[2:])
+    assert len(fetched) <= 2 + len(wanted)
+
+
+@pytest.fixture
+def made_in_parts(make: Any, tmp_path: Path) -> Any:
+    """Twelve samples, and a shard of text embeddings for each caption."""
+    made = make({(64, 48): 12})
+    whole = made.inputs.one("embeds").shards[0]
+    shards = []
+    for key, members in read_shard(made.store.fetch(whole)):
+        path = tmp_path / "part.tar"
+        with ShardWriter(path) as writer:
+            writer.write(key, members)
+        blob = made.store.put_file(path, ".tar")
+        sidecars = {KEYS: listed(made.store, writer)}
+        shards.append(Shard(**blob.model_dump(), name=f"embeds-{key[:6]}", samples=1, sidecars=sidecars))
+    made.inputs.one("embeds").shards[:] = shards
+    return made
+
+
+def test_a_shard_without_a_list_is_read_itself(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make({(64, 48): 5})
+    listed_ = data_of(made)
+    for stage in ("latents", "embeds"):
+        for shard in made.inputs.one(stage).shards:
+            shard.sidecars.clear()
+    fetched = fetches(made, monkeypatch)
+    read = data_of(made)
+    assert [entry.keys for entry in read.entries] == [entry.keys for entry in listed_.entries]
+    assert len(fetched) == 3
+    assert torch.equal(read.read([(1, 0)]).latents_BCHW, listed_.read([(1, 0)]).latents_BCHW)
+
+
+def test_training_wants_its_first_batch_first(made_in_parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_in_parts
+    fetched = fetches(made, monkeypatch)
+    order: list[list[tuple[int, int]]] = []
+    real = Order.batch
+    monkeypatch.setattr(Order, "batch", lambda self, number: (order.append(real(self, number)), order[-1])[1])
+    made.run(validation__prompts=[], train__evaluation__share=0.0, train__train_batch_size=1)
+    names = [shard.name for shard in made.inputs.one("latents").shards]
+    # Two threads fetch: the first batch's shards are among the first that each queue took.
+    assert names[order[0][0][0]] in [name for name in fetched if name in names][:2]
+    assert len({name for name in fetched if name in names}) == len(names)
 
 
 def test_reading_ahead_is_in_order_and_bounded() -> None:
