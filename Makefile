@@ -22,8 +22,9 @@ demo: install
 	$(BIN)/python examples/demo/make_dataset.py .loraline/demo-images
 	$(BIN)/loraline run --config examples/demo/config.yaml
 
+# Two processes; whatever cannot be had on this machine (Ceph's packages, a Docker engine) is skipped with its reason.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

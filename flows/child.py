@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +37,8 @@ _ERRORS: dict[int, type[LoralineError]] = {
     for error in (ConfigError, InputError, MissingInputError, StoreError, TransientError, PreemptedError)
 }
 _running: set[subprocess.Popen[str]] = set()
+_asked: set[subprocess.Popen[str]] = set()
+_leaving = threading.Event()
 # The engine that runs a flow is killed 30 s after SIGTERM: a checkpoint has this long.
 GRACE_S = 25
 
@@ -65,6 +68,8 @@ def run_stage(
     Raises:
         LoralineError: of the kind that the child's exit code names, with its message.
     """
+    if is_leaving():
+        raise PreemptedError(f"{node}: not started, this process was asked to stop")
     with tempfile.TemporaryDirectory(prefix="loraline-run-") as folder:
         path = Path(folder) / "config.json"
         path.write_text(config.model_dump_json(), encoding="utf-8")
@@ -105,10 +110,12 @@ def run_stage(
                     reporter.emit(Message(node.label, "info", line.rstrip()))
             code = process.wait()
         except BaseException:
-            _stop(process)
+            _ask(process)
+            _wait(process, time.monotonic() + GRACE_S)
             raise
         finally:
             _running.discard(process)
+            _asked.discard(process)
             listener.join(timeout=5)
     if code != 0:
         raise _error(node, code, failure, list(tail))
@@ -123,25 +130,44 @@ def _keep_tail(process: subprocess.Popen[str], tail: collections.deque[str]) -> 
         tail.append(line.rstrip())
 
 
+def is_leaving() -> bool:
+    """Whether this process has been asked to stop: nothing new is started then."""
+    return _leaving.is_set()
+
+
+def start_over() -> None:
+    """A new flow begins in this process (a test, a notebook): what an earlier one was asked no longer counts."""
+    _leaving.clear()
+
+
+def ask_all() -> None:
+    """Asks every stage that this process runs to save what it has and leave; starts no other. Does not wait."""
+    _leaving.set()
+    for process in list(_running):
+        _ask(process)
+
+
 def stop_all() -> None:
-    """Ends every stage that this process runs, politely: each saves what it has."""
-    processes = list(_running)
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    for process in processes:
-        _stop(process)
+    """As `ask_all`, and waits until all have left; those that take too long are killed."""
+    ask_all()
+    deadline = time.monotonic() + GRACE_S
+    for process in list(_running):
+        _wait(process, deadline)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, time to save, then SIGKILL."""
-    if process.poll() is None:
+def _ask(process: subprocess.Popen[str]) -> None:
+    # Once only: a second SIGTERM ends a stage at once, in the middle of its saving.
+    if process not in _asked and process.poll() is None:
+        _asked.add(process)
         process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+
+
+def _wait(process: subprocess.Popen[str], deadline: float) -> None:
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _error(node: Node, code: int, failure: StageFailed | None, tail: list[str]) -> LoralineError:

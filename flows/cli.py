@@ -17,8 +17,8 @@ from stages.cli import ConfigOption, SetOption, told_kindly
 from stages.config import load_config
 from stages.core.console import ConsoleReporter
 from stages.core.events import StageReused
-from stages.pipeline import Pipeline
-from stages.report.build import report_place
+from stages.pipeline import Pipeline, Step
+from stages.report.build import RunRecord, report_is_about, report_place, write_report
 
 
 def run(
@@ -55,6 +55,8 @@ def run(
                 with ConsoleReporter(console) as reporter:
                     for step in steps:
                         reporter.emit(StageReused(step.node.label, "; ".join(step.reasons)))
+                if report_is_about(pipeline) != {step.node.label: step.fingerprint for step in steps}:
+                    place = write_report(pipeline, reused(pipeline, steps))
                 console.print(f"\nNothing to do. Report: [bold]{escape(place)}[/]")
                 return
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -70,6 +72,17 @@ def run(
         with ConsoleReporter(console) as reporter, shown_on(reporter):
             place = pipeline_flow(loaded.model_dump(mode="json"), force or [])
         console.print(f"\nReport: [bold]{escape(place)}[/]")
+
+
+def reused(pipeline: Pipeline, steps: list[Step]) -> list[RunRecord]:
+    """Records of a run that found everything, and the memory that these artifacts are this configuration's newest."""
+    records = []
+    for step in steps:
+        manifest = pipeline.store.manifest(step.node.stage, step.fingerprint or "")
+        if manifest is not None:
+            pipeline.remember(step.node, manifest)
+        records.append(RunRecord(step.node.label, "reused", "unchanged", manifest=manifest))
+    return records
 
 
 def _leave(number: int, frame: object) -> None:

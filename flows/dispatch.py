@@ -6,24 +6,31 @@ same time share one run; an attempt number steps past runs that ended badly.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
-from flows.stage import TRANSIENT
-from stages.core.errors import ConfigError, LoralineError, TransientError
+from flows.child import is_leaving
+from flows.stage import ARTIFACT, TRANSIENT
+from stages.core.errors import ConfigError, LoralineError, PreemptedError, TransientError
 from stages.core.events import Message, Reporter
+from stages.core.fingerprint import digest_of
 from stages.core.runner import Slice
 from stages.pipeline import Node
 
+T = TypeVar("T")
 POLL_S = 2.0
 # A run that nobody takes for this long is told about once: a pool without a worker looks like a slow start otherwise.
 PATIENCE_S = 120.0
@@ -42,7 +49,7 @@ def dispatch(
     deployment: str,
     shares: Sequence[Slice | None] = (None,),
     force: bool = False,
-) -> None:
+) -> str | None:
     """Runs a stage through its deployment, whole or in slices at once, and waits for it.
 
     Args:
@@ -55,6 +62,8 @@ def dispatch(
         shares: one run for each.
         force: make it again; never joins a run that is there already.
 
+    Returns:
+        The fingerprint of the artifact that was made; None after slices.
     Raises:
         ConfigError: there is no such deployment.
         TransientError: a run crashed, was cancelled, or failed in a way that another try may mend.
@@ -62,17 +71,22 @@ def dispatch(
     """
     runs = [_start(node, fingerprint, config, inputs, deployment, share, force) for share in shares]
     try:
-        failures = _wait(node, [run.id for run in runs], reporter)
+        ended = _wait(node, runs, reporter)
     finally:
         with _lock:
-            _dispatched.difference_update(run.id for run in runs)
+            _dispatched.difference_update(runs)
+    failures = [_failure(node, run) for run in ended if run.state is not None and not run.state.is_completed()]
     if failures:
         permanent = [error for error in failures if not error.transient]
         raise (permanent or failures)[0]
+    message = ended[0].state.message if len(ended) == 1 and ended[0].state else None
+    found = re.search(rf"\({ARTIFACT} ([0-9a-f]{{64}})\)", message or "")
+    return found.group(1) if found else None
 
 
 def cancel_all() -> None:
-    """Cancels every run that this process waits for: cancelling a parent does not reach them by itself."""
+    """Cancels every run that this process started: cancelling a parent does not reach them by itself. Runs of others
+    that were only joined go on."""
     with _lock:
         runs = list(_dispatched)
     if not runs:
@@ -80,6 +94,16 @@ def cancel_all() -> None:
     with get_client(sync_client=True) as client:
         for run in runs:
             client.set_flow_run_state(run, Cancelling(message="the pipeline was cancelled"))
+
+
+def was_cancelled() -> bool:
+    """Whether somebody cancelled the current flow run, or interrupted it by hand; an evicted one was not."""
+    run_id = flow_run.get_id()
+    if run_id is None:
+        return True
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(UUID(run_id)).state
+    return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
 def _start(
@@ -90,7 +114,21 @@ def _start(
     deployment: str,
     share: Slice | None,
     force: bool,
-) -> FlowRun:
+) -> UUID:
+    """Joins the run that makes this artifact in this store, or starts one; its id."""
+    store = digest_of(config["store"]["url"])[:8]
+    key = f"{fingerprint}:{store}:{share or 'whole'}" + (f":forced-{time.time_ns()}" if force else "")
+    keys = [f"{key}:{attempt}" for attempt in range(MOST_ATTEMPTS)]
+    known = runs_with(keys)
+    alive = [run for run in known if run.state is None or not run.state.is_final()]
+    if alive:
+        return alive[0].id
+    if len(known) >= MOST_ATTEMPTS:
+        raise LoralineError(
+            f"{node}: {MOST_ATTEMPTS} runs of this artifact ended badly; look at them before another try"
+        )
+    # A run that has ended is one of an earlier try: its artifact is not there, or nobody would ask.
+    taken = {run.idempotency_key for run in known}
     parameters = {
         "label": node.label,
         "config": config,
@@ -98,57 +136,62 @@ def _start(
         "force": force,
         "slice": str(share) if share else None,
     }
-    name = f"{node.label} {share}" if share else node.label
-    key = f"{fingerprint}:{share or 'whole'}" + (f":forced-{time.time_ns()}" if force else "")
-    for attempt in range(MOST_ATTEMPTS):
-        try:
-            run: FlowRun = run_deployment(  # type: ignore[assignment]
-                deployment,
-                parameters=parameters,
-                idempotency_key=f"{key}:{attempt}",
-                flow_run_name=name,
-                tags=[f"config:{config['name']}", f"stage:{node.stage}"],
-                timeout=0,
-            )
-        except ObjectNotFound:
-            raise ConfigError(
-                f"{node}: there is no deployment {deployment}: make it with `prefect deploy --all` from deploy/, or "
-                f"set flow.executor: inline"
-            ) from None
-        # A run that has ended already is one of an earlier try: its artifact is not there, or nobody would ask.
-        if run.state is None or not run.state.is_final():
-            with _lock:
-                _dispatched.add(run.id)
-            return run
-    raise LoralineError(f"{node}: {MOST_ATTEMPTS} runs of this artifact ended badly; look at them before trying again")
+    try:
+        run: FlowRun = run_deployment(  # type: ignore[assignment]
+            deployment,
+            parameters=parameters,
+            # Another pipeline that asks at this very moment gets the same run for the same key.
+            idempotency_key=next(one for one in keys if one not in taken),
+            flow_run_name=f"{node.label} {share}" if share else node.label,
+            tags=[f"config:{config['name']}", f"stage:{node.stage}"],
+            timeout=0,
+        )
+    except ObjectNotFound:
+        raise ConfigError(
+            f"{node}: there is no deployment {deployment}: make it with `prefect deploy --all` from deploy/, or "
+            f"set flow.executor: inline"
+        ) from None
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        raise TransientError(f"{node}: the Prefect server did not take the run ({error})") from error
+    with _lock:
+        _dispatched.add(run.id)
+    return run.id
 
 
-def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> list[LoralineError]:
-    """Waits for all; what became of those that did not complete."""
-    failures: list[LoralineError] = []
+def runs_with(keys: Sequence[str]) -> list[FlowRun]:
+    """Runs with one of these idempotency keys."""
+    chosen = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=list(keys)))
+    with get_client(sync_client=True) as client:
+        found = _read(lambda: client.read_flow_runs(flow_run_filter=chosen))
+    return list(found)
+
+
+def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> list[FlowRun]:
+    """Waits for all; the runs as they ended."""
+    ended: list[FlowRun] = []
     waiting, since, told = set(runs), time.monotonic(), False
     with get_client(sync_client=True) as client:
         while waiting:
             for run_id in sorted(waiting):
                 run = _read(lambda run_id=run_id: client.read_flow_run(run_id))  # type: ignore[misc]
-                state = run.state
-                if state is None:
+                if run.state is None:
                     continue
-                if state.is_final():
+                if run.state.is_final():
                     waiting.discard(run_id)
-                    if not state.is_completed():
-                        failures.append(_failure(node, run))
-                elif state.type == StateType.SCHEDULED and not told and time.monotonic() - since > PATIENCE_S:
+                    ended.append(run)
+                elif run.state.type == StateType.SCHEDULED and not told and time.monotonic() - since > PATIENCE_S:
                     told = True
                     pool = run.work_pool_name or "its work pool"
                     text = f"no worker of {pool} has taken this run for {PATIENCE_S:.0f} s: is one running?"
                     reporter.emit(Message(node.label, "warning", text))
             if waiting:
+                if is_leaving():
+                    raise PreemptedError(f"{node}: no longer waited for, this process was asked to stop")
                 time.sleep(POLL_S)
-    return failures
+    return ended
 
 
-def _read(call: Callable[[], FlowRun]) -> FlowRun:
+def _read(call: Callable[[], T]) -> T:
     """One answer of the server; a server that restarts must not fail the stage that is running elsewhere."""
     for attempt in range(30):
         try:

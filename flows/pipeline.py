@@ -13,17 +13,19 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from flows.artifacts import attempted, show_run, show_training
-from flows.child import run_stage, stop_all
-from flows.dispatch import cancel_all, dispatch
+from flows.child import ask_all, is_leaving, run_stage, start_over, stop_all
+from flows.dispatch import cancel_all, dispatch, was_cancelled
+from flows.pinning import pinned
 from flows.reporting import reporter_for_run
 from stages.config import Config
 from stages.core.artifact import ArtifactRef, Manifest
-from stages.core.errors import LoralineError
+from stages.core.errors import ConfigError, LoralineError
 from stages.core.events import Reporter, StageFailed, StageReused
 from stages.core.runner import Job, Slice, describe
 from stages.pipeline import Node, Pipeline
@@ -35,6 +37,8 @@ RETRY_DELAYS_S = exponential_backoff(backoff_factor=10)
 
 def _is_worth_a_retry(task_: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Only what is transient: the network, a killed process. Bad settings and bad data stay bad."""
+    if is_leaving():
+        return False
     error = state.result(raise_on_failure=False) if state.is_failed() else None
     return state.is_crashed() or (isinstance(error, LoralineError) and error.transient)
 
@@ -58,7 +62,8 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
         _write_record(pipeline, RunRecord(label, action, reason, seconds, manifest, started_at))
 
     try:
-        manifests = {source: pipeline.store.resolve(upstream[source.label]) for source in pipeline.upstream(node)}
+        manifests = {pipeline.node(name): pipeline.store.resolve(found) for name, found in upstream.items()}
+        pipeline.foresee(node, manifests)
         job = pipeline.job(node, manifests)
         found = None if force else job.lookup()
         if found is not None:
@@ -67,12 +72,18 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
             note("reused", "unchanged", found)
             return Completed(name="Reused", message=f"in the store: {describe(found)}", data=found.reference())
         reasons = "asked to" if force else "; ".join(pipeline.changes(node, job)) or "was not finished"
-        given = {name: reference.fingerprint for name, reference in upstream.items()}
+        direct = {source.label for source in pipeline.upstream(node)}
+        given = {name: reference.fingerprint for name, reference in upstream.items() if name in direct}
         made = _make(pipeline, node, job, given, reporter, force)
     except LoralineError as error:
         reporter.emit(StageFailed(label, str(error), error.transient))
         note("failed", str(error))
         raise
+    except Exception as error:  # a defect, or Prefect's own trouble: the report tells of it like of any other
+        reporter.emit(StageFailed(label, f"{type(error).__name__}: {error}", False))
+        note("failed", f"{type(error).__name__}: {error}")
+        raise
+    pipeline.remember(node, made)
     note("ran", reasons, made)
     if node.stage == "train":
         attempted("the training's curves and pictures", lambda: show_training(pipeline, made))
@@ -90,10 +101,10 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
         values, name = config.model_dump(mode="json"), config.flow.deployment.format(stage=node.stage)
         workers = pipeline.workers(node)
         shares = [Slice(index, workers) for index in range(workers)] if workers > 1 and not force else [None]
-        dispatch(node, job.fingerprint, values, given, reporter, name, shares, force)
+        fingerprint = dispatch(node, job.fingerprint, values, given, reporter, name, shares, force) or job.fingerprint
         if shares != [None]:
-            run_stage(node, config, given, reporter, merge=True)
-        made = job.lookup() or pipeline.last(node)
+            fingerprint = run_stage(node, config, given, reporter, merge=True)
+        made = pipeline.store.manifest(node.stage, fingerprint)
     if made is None:
         raise LoralineError(f"{node}: ended well, but its artifact is not in {pipeline.store.url}")
     return made
@@ -104,7 +115,7 @@ def report_task(config: dict[str, Any], error: str | None) -> str:
     """Writes report.html; says where it is."""
     pipeline = Pipeline.open(Config.model_validate(config))
     records = _read_records(pipeline)
-    place = write_report(pipeline, records, error)
+    place = write_report(pipeline, records, error, run=str(flow_run.get_id()))
     attempted("the table of stages", lambda: show_run(pipeline, records, place))
     return place
 
@@ -122,31 +133,66 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
     Raises:
         LoralineError: names every stage that failed.
     """
-    pipeline = Pipeline.open(Config.model_validate(config))
-    # Everything that will run is checked before the first of it does: a wrong setting of the last stage is found now.
-    pipeline.check([step.node for step in pipeline.plan() if step.action == "run"])
+    start_over()
+    pipeline = pinned(Pipeline.open(Config.model_validate(config)))
+    config, names = pipeline.config.model_dump(mode="json"), set(force or [])
+    _known(pipeline, names)
+    # Everything that will run here is checked before the first of it does: a wrong setting of the last stage is found
+    # now. What runs elsewhere is checked there: this machine may have no GPU.
+    planned = [step.node for step in pipeline.plan() if step.action == "run"]
+    pipeline.check([node for node in planned if pipeline.config.flow.executor_of(node.stage) == "inline"])
     futures: dict[Node, PrefectFuture[Any]] = {}
     task_ = stage_task.with_options(retries=pipeline.config.flow.retries)
     try:
         for node in pipeline.order:
-            # Futures become results when the task starts; handing them over is what draws the graph.
-            upstream: dict[str, Any] = {source.label: futures[source] for source in pipeline.upstream(node)}
-            futures[node] = task_.submit(node.label, config, upstream, node.stage in (force or []))
+            # Futures become results when the task starts; handing them over is what draws the graph. Everything
+            # upstream, near and far, so that a stage can judge its data before it starts.
+            upstream: dict[str, Any] = {source.label: futures[source] for source in pipeline.ancestors(node)}
+            futures[node] = task_.submit(node.label, config, upstream, bool(names & {node.stage, node.label}))
         for future in futures.values():
             future.wait()
-    except BaseException:  # cancelled, terminated or interrupted: the stages save what they have
-        cancel_all()
-        stop_all()
+    except BaseException:  # cancelled, evicted or interrupted: the stages save what they have
+        ask_all()
+        try:
+            if was_cancelled():
+                cancel_all()
+        finally:
+            stop_all()
         raise
-    failures: dict[Node, str] = {}
-    for node, future in futures.items():
-        if future.state.is_failed() or future.state.is_crashed():
-            failures[node] = str(future.state.message)
-    error = "; ".join(f"{node}: {reason}" for node, reason in failures.items()) or None
-    place = report_task(config, error)
+    failures = {node: _error(future.state) for node, future in futures.items() if _went_wrong(future.state)}
+    error = "; ".join(str(failure) for failure in failures.values()) or None
+    place = "no report: it could not be written, see the log"
+    try:
+        place = report_task(config, error)
+    except Exception as trouble:  # the stages are what counts: a good run stays good, and a failure keeps its reason
+        get_run_logger().error("report.html could not be written: %s: %s", type(trouble).__name__, trouble)
     if failures:
-        raise LoralineError(f"{len(failures)} of {len(futures)} stages failed. {error}\nReport: {place}")
+        # The kind that no retry can mend decides, where there is one.
+        worst = min(failures.values(), key=lambda failure: failure.transient)
+        names_ = ", ".join(node.label for node in failures)
+        raise type(worst)(f"{len(failures)} of {len(futures)} stages failed ({names_}). {error}\nReport: {place}")
     return place
+
+
+def _known(pipeline: Pipeline, names: set[str]) -> None:
+    valid = {name for node in pipeline.order for name in (node.stage, node.label)}
+    if names - valid:
+        raise ConfigError(
+            f"force: {', '.join(sorted(names - valid))}: no such stage; there are {', '.join(sorted(valid))}"
+        )
+
+
+def _went_wrong(state: State[Any]) -> bool:
+    # One that waits for a failed one is left as it was: it did not go wrong, it never began.
+    return state.is_failed() or state.is_crashed() or state.is_cancelled()
+
+
+def _error(state: State[Any]) -> LoralineError:
+    """What a task failed with, as an error of ours."""
+    found = state.result(raise_on_failure=False)
+    if isinstance(found, LoralineError):
+        return found
+    return LoralineError(str(found) if isinstance(found, Exception) else str(state.message))
 
 
 def _record_path(pipeline: Pipeline, label: str) -> str:

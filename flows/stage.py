@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.child import run_stage, stop_all
+from flows.child import run_stage, start_over, stop_all
 from flows.reporting import reporter_for_run
 from stages.config import Config
 from stages.core.errors import LoralineError
@@ -21,6 +21,8 @@ from stages.pipeline import Pipeline
 
 # The name of a failed state that is worth another try; whoever dispatched the run looks for it.
 TRANSIENT = "TransientFailure"
+# Stands before the fingerprint in a completed run's message.
+ARTIFACT = "artifact"
 
 
 @flow(name="stage", flow_run_name="{label}", persist_result=False)
@@ -45,6 +47,7 @@ def stage_flow(
     pipeline = Pipeline.open(Config.model_validate(config))
     node = pipeline.node(label)
     reporter = reporter_for_run()
+    start_over()
     try:
         share = Slice.parse(slice) if slice else None
         fingerprint = run_stage(node, pipeline.config, inputs or {}, reporter, force, share, merge)
@@ -55,4 +58,6 @@ def stage_flow(
         stop_all()
         raise
     made = pipeline.store.manifest(node.stage, fingerprint) if fingerprint else None
-    return Completed(message=describe(made) if made else f"slice {slice} done", data=fingerprint)
+    # Results are not kept by Prefect: whoever dispatched this run reads the fingerprint out of the message.
+    text = f"{describe(made)} ({ARTIFACT} {fingerprint})" if made else f"slice {slice} done"
+    return Completed(message=text, data=fingerprint)

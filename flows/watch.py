@@ -6,6 +6,7 @@ check that starts nothing says why, in its state.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
@@ -23,11 +24,15 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from flows.dispatch import runs_with
+from flows.pinning import pinned
+from stages import retrain
 from stages.config import Config
 from stages.core.fingerprint import digest_of
 from stages.pipeline import Node, Pipeline
 
 CHANGED = "loraline.dataset.changed"
+MOST_ATTEMPTS = 3
 _ALIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 
 
@@ -38,73 +43,84 @@ def watch_flow(
     pipeline: str = "loraline/pipeline",
     retrain_from_published: bool = False,
 ) -> State[str]:
-    """Starts the pipeline if a source has changed since the last download.
+    """Starts the pipeline if a source has changed since the last download, or if an earlier run did not get through.
 
     Args:
         config: a configuration as plain values (see `loraline schema`).
-        minimum_new_images: with fewer new images than this (and no other change than new images), nothing is started.
+        minimum_new_images: with fewer new images than this nothing is started, unless images went or were replaced
+            without the data set growing.
         pipeline: the pipeline's deployment, as 'flow/deployment'.
         retrain_from_published: measure the new adapter against the one published last (`train.previous`), so that
             `publish.maximum_regression` can refuse it and `train.warm_start` can start from it.
     """
-    logger = get_run_logger()
-    opened = Pipeline.open(Config.model_validate(config))
-    changes, new_images, other_change = [], 0, False
-    states: dict[str, Any] = {}
-    for node in opened.nodes_of("download"):
-        now = opened.spec(node)
-        last = opened.last(node)
-        states[node.label] = now["source"]
-        if last is None:
-            changes.append(f"{node}: never downloaded")
-            other_change = True
-            continue
-        reasons = opened.stage("download").explain(last.spec, now)
-        if not reasons:
-            continue
-        grown = int(now["source"]["images"]) - int(last.spec["source"]["images"])
-        new_images += max(0, grown)
-        other_change = other_change or grown <= 0
-        changes += [f"{node}: {reason}" for reason in reasons]
-    what = "; ".join(changes)
-    if not changes:
-        return _skip(f"nothing has changed: {_sizes(states)}")
-    if not other_change and new_images < minimum_new_images:
+    opened = pinned(Pipeline.open(Config.model_validate(config)))
+    name = opened.config.name
+    changes, new_images, other_change = _changes(opened)
+    unfinished = not changes and not _is_published(opened)
+    if not changes and not unfinished:
+        return _skip(f"nothing has changed: {_sizes(opened)}")
+    what = "; ".join(changes) or "nothing has changed, but the adapter of this state was never published"
+    if changes and not other_change and new_images < minimum_new_images:
         return _skip(f"{new_images} new images, fewer than {minimum_new_images}: {what}")
-    running = _alive(opened.config.name)
+    running = _alive(name)
     if running:
-        return _skip(
-            f"a run of this configuration is under way ({', '.join(running)}); it is looked at again next time. {what}"
-        )
-    logger.info("changed: %s", what)
-    for node, state in zip(opened.nodes_of("download"), states.values(), strict=True):
+        return _skip(f"a run of {name} is under way ({', '.join(running)}); looked at again next time. {what}")
+    if retrain_from_published:
+        opened = replace(opened, config=retrain.against_published(opened))
+    values = opened.config.model_dump(mode="json")
+    # The same state starts one run, from however many sensors it is seen; a few, if they end badly.
+    sources = [opened.spec(node)["source"] for node in opened.nodes_of("download")]
+    keys = [f"watch:{digest_of([values, sources])}:{attempt}" for attempt in range(MOST_ATTEMPTS)]
+    taken = {run.idempotency_key for run in runs_with(keys)}
+    free = [key for key in keys if key not in taken]
+    if not free:
+        return _skip(f"{MOST_ATTEMPTS} runs of this very state ended badly: look at them. {what}")
+    get_run_logger().info("changed: %s", what)
+    for node in opened.nodes_of("download"):
+        state = opened.spec(node)["source"]
         emit_event(
             CHANGED,
-            resource={"prefect.resource.id": f"loraline.dataset.{opened.config.name}.{node.dataset}"},
+            resource={"prefect.resource.id": f"loraline.dataset.{name}.{node.dataset}"},
             payload={"images": state["images"], "revision": state.get("commit") or state["pixels"]},
         )
     run = run_deployment(
         pipeline,
-        parameters={"config": pinned(config, states, opened.published() if retrain_from_published else None)},
-        # The same change starts one run, however often and from however many sensors it is seen.
-        idempotency_key=f"watch:{opened.config.name}:{digest_of([config, states])}",
-        tags=[f"config:{opened.config.name}"],
+        parameters={"config": values},
+        idempotency_key=free[0],
+        tags=[f"config:{name}"],
         as_subflow=False,
         timeout=0,
     )
     return Completed(name="Started", message=f"{what}; started {run.name}", data=str(run.id))  # type: ignore[union-attr]
 
 
-def pinned(config: dict[str, Any], states: dict[str, Any], previous: str | None = None) -> dict[str, Any]:
-    """The configuration with every Hub data set at the commit that was seen, so that the run is about exactly that; and
-    with the train artifact that it is measured against, where there is one."""
-    datasets = []
-    for dataset in config["datasets"]:
-        commit = states[Node("download", dataset["id"]).label].get("commit")
-        source = {**dataset["source"], "revision": commit} if commit else dataset["source"]
-        datasets.append({**dataset, "source": source})
-    train = {"train": {**config.get("train", {}), "previous": previous}} if previous else {}
-    return {**config, "datasets": datasets, **train}
+def _changes(pipeline: Pipeline) -> tuple[list[str], int, bool]:
+    """What is new at the sources: in words; how many images more; whether there is more to it than new images."""
+    changes, new_images, other_change = [], 0, False
+    for node in pipeline.nodes_of("download"):
+        now, last = pipeline.spec(node), pipeline.last(node)
+        if last is None:
+            changes.append(f"{node}: never downloaded")
+            other_change = True
+            continue
+        reasons = pipeline.stage("download").explain(last.spec, now)
+        grown = int(now["source"]["images"]) - int(last.spec["source"]["images"])
+        new_images += max(0, grown)
+        other_change = other_change or (bool(reasons) and grown <= 0)
+        changes += [f"{node}: {reason}" for reason in reasons]
+    return changes, new_images, other_change
+
+
+def _is_published(pipeline: Pipeline) -> bool:
+    """Whether the last publication (or the gate's refusal) is about the data that were downloaded last."""
+    published = pipeline.last(Node("publish"))
+    if published is None:
+        return False
+    for node in pipeline.nodes_of("download"):
+        downloaded = pipeline.last(node)
+        if downloaded is None or published.inputs.get(f"{node.label}.pairs") != downloaded.digest("pairs"):
+            return False
+    return True
 
 
 def _skip(reason: str) -> State[str]:
@@ -112,8 +128,10 @@ def _skip(reason: str) -> State[str]:
     return Completed(name="Skipped", message=reason, data="")
 
 
-def _sizes(states: dict[str, Any]) -> str:
-    return ", ".join(f"{label} {state['images']} images" for label, state in states.items())
+def _sizes(pipeline: Pipeline) -> str:
+    return ", ".join(
+        f"{node} {pipeline.spec(node)['source']['images']} images" for node in pipeline.nodes_of("download")
+    )
 
 
 def _alive(name: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stages.bucket.config import BucketOverrides, BucketSection
 from stages.core import config as machinery
@@ -37,6 +37,8 @@ class DatasetSection(Section):
 
 
 Executor = Literal["inline", "deployment"]
+# The registry's names (a test holds them equal): the tree is put together below the registry.
+StageName = Literal["download", "bucket", "latents", "embeds", "train", "publish"]
 
 
 class FlowSection(Section):
@@ -45,15 +47,25 @@ class FlowSection(Section):
     executor: Executor = "inline"
     """'inline': each stage in a process beside the flow; 'deployment': each through its own deployment, on the work
     pool, image and hardware that are named there."""
-    executors: dict[str, Executor] = Field(default_factory=dict)
+    executors: dict[StageName, Executor] = Field(default_factory=dict)
     """Stages that are run differently: {latents: deployment, train: deployment} keeps the rest inline."""
     deployment: str = "stage/{stage}"
     """Name of a stage's deployment, as 'flow/deployment'."""
     retries: int = Field(default=2, ge=0)
     """How often a stage is tried again after a transient failure. Wrong settings and bad data are never tried again."""
 
+    @field_validator("deployment")
+    @classmethod
+    def _names_the_stage(cls, deployment: str) -> str:
+        try:
+            if deployment.format(stage="a") == deployment.format(stage="b"):
+                raise ValueError("holds no {stage}, so all stages would run the same deployment")
+        except (KeyError, IndexError):
+            raise ValueError("may hold {stage} and no other name in braces") from None
+        return deployment
+
     def executor_of(self, stage: str) -> Executor:
-        return self.executors.get(stage, self.executor)
+        return {str(name): executor for name, executor in self.executors.items()}.get(stage, self.executor)
 
 
 class Config(Section):

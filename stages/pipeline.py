@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from stages.config import Config
 from stages.core.artifact import CONTENT, Manifest
 from stages.core.errors import ConfigError, MissingInputError
@@ -44,6 +46,22 @@ class Step:
     action: Literal["reuse", "run"]
     reasons: list[str]
     fingerprint: str | None
+
+
+class Last(BaseModel):
+    """What was made (or found) last at a node under a configuration's name."""
+
+    fingerprint: str
+    version: int
+    spec: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Published(BaseModel):
+    """Which adapter was published last under a configuration's name: fingerprints of two artifacts."""
+
+    publish: str
+    train: str
 
 
 @dataclass
@@ -114,6 +132,14 @@ class Pipeline:
                     edges.append((source, need.facet))
         return edges
 
+    def ancestors(self, node: Node) -> list[Node]:
+        """Every node that this one depends on, near or far."""
+        reached: set[Node] = set()
+        for other in reversed(self.order):
+            if other == node or other in reached:
+                reached.update(self.upstream(other))
+        return [other for other in self.order if other in reached]
+
     def downstream(self, node: Node) -> list[Node]:
         """Every node that depends on this one, near or far."""
         reached = {node}
@@ -181,15 +207,15 @@ class Pipeline:
     def _changes(self, node: Node, spec: dict[str, Any], digests: dict[str, str] | None) -> list[str]:
         """What is different from the last time that this node was done under this configuration's name."""
         stage = self.stage(node.stage)
-        last = self.store.get_json(self._last_path(node))
+        last = self.store.get_record(self._last_path(node), Last)
         if last is None:
             return ["first run"] if digests is not None else []
         reasons = []
-        if last["version"] != stage.version:
-            reasons.append(f"stage version {last['version']} -> {stage.version}")
-        reasons += stage.explain(last["spec"], spec)
+        if last.version != stage.version:
+            reasons.append(f"stage version {last.version} -> {stage.version}")
+        reasons += stage.explain(last.spec, spec)
         if digests is not None:
-            changed = explain_changes(last["inputs"], digests)
+            changed = explain_changes(last.inputs, digests)
             reasons += [text for text in changed if not text.endswith(" -> none")]
         return reasons
 
@@ -214,7 +240,7 @@ class Pipeline:
             Its manifest; None after a slice.
         """
         job = self.job(node, manifests)
-        self._foresee(node, manifests)
+        self.foresee(node, manifests)
         if force or (not merge_only and job.lookup() is None):
             self.check([node])
         reasons = [] if force else self.changes(node, job)
@@ -222,10 +248,15 @@ class Pipeline:
         manifest = execute(job, reporter, reason, slice_, merge_only, force, stop)
         if manifest is not None:
             self.remember(node, manifest)
-            self._foresee(node, {**manifests, node: manifest})
+            self.foresee(node, {**manifests, node: manifest})
         return manifest
 
-    def _foresee(self, node: Node, manifests: Mapping[Node, Manifest]) -> None:
+    def foresee(self, node: Node, manifests: Mapping[Node, Manifest]) -> None:
+        """Lets a node and everything downstream of it judge what is there so far.
+
+        Raises:
+            InputError: what is there will not do for one of them.
+        """
         done = Inputs({(source.stage, source.dataset): manifest for source, manifest in manifests.items()})
         for later in [node, *self.downstream(node)]:
             self.stage(later.stage).foresee(self.setting(later), done)
@@ -251,8 +282,8 @@ class Pipeline:
 
     def last(self, node: Node) -> Manifest | None:
         """What this configuration's name made last at a node, whatever the settings were."""
-        record = self.store.get_json(self._last_path(node))
-        return self.store.manifest(node.stage, record["fingerprint"]) if record else None
+        record = self.store.get_record(self._last_path(node), Last)
+        return self.store.manifest(node.stage, record.fingerprint) if record else None
 
     def _find(self, node: Node, given: Mapping[str, str], found: dict[Node, Manifest], needed_by: Node) -> Manifest:
         if node in found:
@@ -269,13 +300,9 @@ class Pipeline:
         manifest = self.last(node)
         if manifest is None:
             raise MissingInputError(f"{needed_by} needs {node.label}, which is not in {self.store.url}: {advice}")
-        settings = self.stage(node.stage).settings(self.setting(node))
-        made_with = {key: manifest.spec.get(key) for key in settings}
-        if made_with != settings:
-            changes = "; ".join(self.stage(node.stage).explain(made_with, settings))
-            raise MissingInputError(
-                f"{needed_by} needs {node.label}, made last with other settings ({changes}): {advice}"
-            )
+        changes = self._outdated(node, manifest)
+        if changes:
+            raise MissingInputError(f"{needed_by} needs {node.label}, made last with {changes}: {advice}")
         for source, facet in self._edges(node):
             newest = self._find(source, given, found, needed_by=node)
             if manifest.inputs.get(f"{source.label}.{facet}") != newest.digest(facet):
@@ -285,11 +312,25 @@ class Pipeline:
         found[node] = manifest
         return manifest
 
+    def _outdated(self, node: Node, manifest: Manifest) -> str | None:
+        """How an artifact differs, in words, from what the node would make of the same inputs now."""
+        stage = self.stage(node.stage)
+        if manifest.stage_version != stage.version:
+            return f"version {manifest.stage_version} of the stage, which is now {stage.version}"
+        settings = stage.settings(self.setting(node))
+        made_with = {key: manifest.spec.get(key) for key in settings}
+        if made_with != settings:
+            return f"other settings ({'; '.join(stage.explain(made_with, settings))})"
+        # The source of a stage without needs is looked at by that stage alone: here it may be out of reach.
+        if stage.needs and manifest.spec != (spec := self.spec(node)):
+            return f"another model ({'; '.join(stage.explain(manifest.spec, spec))})"
+        return None
+
     def published(self) -> str | None:
         """Fingerprint of the train artifact whose adapter was published last under this configuration's name. What a
         quality gate refused is not it."""
-        record = self.store.get_json(self._published_path)
-        return str(record["train"]) if record else None
+        record = self.store.get_record(self._published_path, Published)
+        return record.train if record else None
 
     @property
     def _published_path(self) -> str:
@@ -301,16 +342,17 @@ class Pipeline:
     def remember(self, node: Node, manifest: Manifest) -> None:
         """Notes what was made (or found) last under this configuration's name: for explanations, and for stages that
         run alone."""
-        record = {
-            "fingerprint": manifest.fingerprint,
-            "version": manifest.stage_version,
-            "spec": manifest.spec,
-            "inputs": manifest.inputs,
-        }
-        path = self._last_path(node)
-        if self.store.get_json(path) != record:
-            self.store.put_json(path, record)
+        record = Last(
+            fingerprint=manifest.fingerprint,
+            version=manifest.stage_version,
+            spec=manifest.spec,
+            inputs=manifest.inputs,
+        )
+        self._point(self._last_path(node), record)
         if manifest.info.get("published"):
-            pointer = {"publish": manifest.fingerprint, "train": manifest.info["train"]}
-            if self.store.get_json(self._published_path) != pointer:
-                self.store.put_json(self._published_path, pointer)
+            pointer = Published(publish=manifest.fingerprint, train=manifest.info["train"])
+            self._point(self._published_path, pointer)
+
+    def _point(self, path: str, record: BaseModel) -> None:
+        if self.store.get_json(path) != record.model_dump():
+            self.store.put_json(path, record.model_dump())

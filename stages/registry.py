@@ -18,15 +18,3 @@ STAGES: tuple[Stage, ...] = (
     TrainStage(),
     PublishStage(),
 )
-
-
-def stage_named(name: str) -> Stage:
-    """The stage of that name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    for stage in STAGES:
-        if stage.name == name:
-            return stage
-    raise KeyError(name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
 from stages.cli import app
+from stages.config import StageName
 from stages.registry import STAGES
 from tests.pictures import draw_pictures, small_config
 
@@ -169,6 +170,10 @@ def test_events_as_json_lines(desk: Desk) -> None:
 def test_the_schema_is_json_schema() -> None:
     schema = json.loads(CliRunner().invoke(app, ["schema"]).output)
     assert schema["properties"].keys() >= {"store", "model", "datasets", "train"}
+
+
+def test_the_configuration_knows_the_registry_s_names() -> None:
+    assert list(get_args(StageName)) == [stage.name for stage in STAGES]
 
 
 def test_the_list_of_stages_is_the_registry() -> None:

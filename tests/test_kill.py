@@ -157,4 +157,4 @@ def test_a_killed_upload_is_made_once(disturbed: Path, undisturbed: dict[str, st
         files = hub.files("user/blots-lora")
         assert "pytorch_lora_weights.safetensors" in files
         titles = [commit.title for commit in hub.commits("user/blots-lora")]
-        assert len(titles) <= 3, titles
+        assert len(titles) == 2, titles  # the repository's own first one, and ours

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from flows.watch import pinned
 from stages.config import Config
 from stages.core.artifact import Manifest, Output
 from stages.core.events import Recorder
@@ -121,14 +120,6 @@ def test_a_refusal_that_is_run_again_moves_nothing(world: Publishing) -> None:
     world.train(train={"steps": 5}, **refuse)
     assert "publish" in world.reused
     assert world.pipeline().published() == published
-
-
-def test_the_sensor_names_the_one_to_follow() -> None:
-    config = {"datasets": [{"id": "a", "source": {"type": "local", "path": "x"}}], "train": {"warm_start": True}}
-    states: dict[str, Any] = {"download[a]": {"images": 3}}
-    assert pinned(config, states) == config
-    assert pinned(config, states, "ab" * 32)["train"] == {"warm_start": True, "previous": "ab" * 32}
-    assert pinned({"datasets": []}, {}, "ab" * 32)["train"] == {"previous": "ab" * 32}
 
 
 def run_all(config: Config) -> tuple[Pipeline, dict[Node, Manifest]]:

@@ -14,6 +14,7 @@ import os
 import re
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import fsspec
@@ -21,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.core.errors import ConfigError
+from stages.core.errors import ConfigError, TransientError
+from stages.core.filesystem import is_transient
+from stages.core.locations import open_files
 
 ENVIRONMENT_PREFIX = "LORALINE__"
 _SECRET = re.compile(r"(^|_)(token|secret|password|access_key|api_key)($|_)", re.IGNORECASE)
@@ -52,10 +55,11 @@ def load(
 
     Raises:
         ConfigError: the file is missing or is not YAML; a key is unknown; a value has the wrong type.
+        StoreError: an object store does not let it be read (no credentials, no permission, no such bucket).
+        TransientError: the server that holds it did not answer.
     """
     try:
-        with fsspec.open(path, "r", encoding="utf-8") as file:
-            text = file.read()
+        text = _read(path).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, ValueError, ImportError) as error:
@@ -73,6 +77,27 @@ def load(
             raise ConfigError(f"--set {override}: write it as section.key=value")
         _assign(tree, dotted.strip(), parse_yaml(value, f"--set {dotted}"), "--set")
     return validate(model, tree, path)
+
+
+def _read(path: str) -> bytes:
+    protocol, separator, rest = path.partition("://")
+    if not separator or protocol == "file":
+        return Path(rest if separator else path).expanduser().read_bytes()
+    if protocol == "s3":
+        folder, _, name = path.rpartition("/")
+        data = open_files(folder).read(name)
+        if data is None:
+            raise FileNotFoundError(path)
+        return data
+    try:
+        with fsspec.open(path, "rb") as file:
+            data = bytes(file.read())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever the protocol's library has of its own
+        kind = TransientError if is_transient(error) else ConfigError
+        raise kind(f"{path}: cannot read the configuration ({str(error) or type(error).__name__})") from error
+    return data
 
 
 def validate(model: type[Tree], tree: Mapping[str, Any], source: str = "configuration") -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 
 from rich.console import Console
@@ -53,6 +54,7 @@ class ConsoleReporter:
             disable=not self.console.is_terminal,
         )
         self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> ConsoleReporter:
         self._bars.start()
@@ -64,6 +66,10 @@ class ConsoleReporter:
         self._bars.stop()
 
     def emit(self, event: Event) -> None:
+        with self._lock:
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         match event:
             case Progress():
                 self._show_progress(event)

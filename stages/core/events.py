@@ -94,7 +94,7 @@ Event = StageStarted | StageReused | StageFinished | StageFailed | Progress | Me
 
 
 class Reporter(Protocol):
-    """Hears events. Called from the stage's main thread only; must not raise."""
+    """Hears events. May be called from any thread, by several at once; must not raise."""
 
     def emit(self, event: Event) -> None: ...
 
@@ -134,15 +134,19 @@ class JsonLines:
         self.stream = stream or sys.stdout
         self.every_s = every_s
         self._last: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     def emit(self, event: Event) -> None:
-        if isinstance(event, Progress) and event.done < event.total:
-            now = time.monotonic()
-            if now - self._last.get(event.task, -1e9) < self.every_s:
-                return
-            self._last[event.task] = now
-        record = {"event": type(event).__name__, "time": round(time.time(), 3), **asdict(event)}
-        print(json.dumps(record), file=self.stream, flush=True)
+        with self._lock:
+            if isinstance(event, Progress) and event.done < event.total:
+                now = time.monotonic()
+                if now - self._last.get(event.task, -1e9) < self.every_s:
+                    return
+                self._last[event.task] = now
+            record = {"event": type(event).__name__, "time": round(time.time(), 3), **asdict(event)}
+            # In one piece: other libraries print to the same stream from other threads.
+            self.stream.write(json.dumps(record) + "\n")
+            self.stream.flush()
 
 
 def event_from_json(line: str) -> Event | None:

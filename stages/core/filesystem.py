@@ -29,7 +29,6 @@ class Files(Protocol):
     """A tree of files under a root; paths are relative and use '/'."""
 
     root: str
-    local: bool
 
     def size(self, path: str) -> int | None: ...
 
@@ -52,8 +51,6 @@ class Files(Protocol):
 
 class LocalFiles:
     """A folder on this machine (or on a network file system that knows rename and hard links)."""
-
-    local = True
 
     def __init__(self, root: Path) -> None:
         self.path = root.absolute()
@@ -82,7 +79,7 @@ class LocalFiles:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".part-", dir=target.parent)
             # mkstemp lets only the owner read; a store may be shared, and the umask says with whom.
-            os.fchmod(handle, 0o666 & ~_umask())
+            os.fchmod(handle, 0o666 & ~_UMASK)
         except OSError as error:
             raise StoreError(f"cannot write to the store {self.root} ({error.strerror}: {error.filename})") from error
         os.close(handle)
@@ -133,10 +130,14 @@ class LocalFiles:
         self.absolute(path).unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
+def _read_umask() -> int:
+    mask = os.umask(0o077)  # there is no asking without setting; a file made meanwhile is too private, never too open
     os.umask(mask)
     return mask
+
+
+# Read once: the umask belongs to the whole process, and other threads make files.
+_UMASK = _read_umask()
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -154,8 +155,6 @@ class ObjectFiles:
         options: what fsspec's file system is made with. Never logged: they may hold credentials.
         attempts: how often a call is tried in all.
     """
-
-    local = False
 
     def __init__(self, url: str, options: dict[str, Any], attempts: int = ATTEMPTS) -> None:
         self.root = url.rstrip("/")
@@ -193,7 +192,7 @@ class ObjectFiles:
         retrying = Retrying(
             stop=stop_after_attempt(self._attempts),
             wait=wait_random_exponential(multiplier=0.2, max=20),
-            retry=retry_if_exception(_is_transient),
+            retry=retry_if_exception(is_transient),
             reraise=True,
         )
         try:
@@ -214,7 +213,7 @@ class ObjectFiles:
                 raise StoreError(f"{text}. No credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.") from error
             if code == "NoSuchBucket":
                 raise StoreError(f"{text}. The bucket does not exist: create it first.") from error
-            if _is_transient(error):
+            if is_transient(error):
                 raise TransientError(f"{text} (after {self._attempts} attempts)") from error
             raise StoreError(text) from error
 
@@ -318,7 +317,8 @@ def error_code(error: BaseException) -> str | None:
     return None
 
 
-def _is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
+    """Whether another try of a call to an object store may work."""
     if isinstance(error, TransientError):
         return True
     if isinstance(error, _PERMANENT):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -19,6 +20,7 @@ from stages.core.events import Reporter, StageFinished, StageReused, StageStarte
 from stages.core.fingerprint import digest_of, fingerprint
 from stages.core.preemption import StopFlag
 from stages.core.stage import Context, Inputs, MapStage, Setting, Stage, Unit, scratch_folder
+from stages.core.store import Store
 
 LIBRARIES = (
     "loraline",
@@ -102,7 +104,8 @@ def execute(
         reason: why it runs, for people.
         slice_: for a map stage, only this share of the units; no manifest is written.
         merge_only: for a map stage, only put the units' memos together and write the manifest.
-        force: make everything again, whatever the store says.
+        force: make everything again, whatever the store says: damaged blobs are repaired, and what comes out stands
+            in place of what stood there. With `merge_only`, only the manifest is made again.
         stop: looked at between units of work.
 
     Returns:
@@ -114,12 +117,13 @@ def execute(
     if found is not None:
         reporter.emit(StageReused(job.label, describe(found), found.fingerprint))
         return found
-    warning = job.setting.store.probe()
+    store = job.setting.store
+    warning = store.probe()
     started = time.monotonic()
     reporter.emit(StageStarted(job.label, reason))
-    with scratch_folder(job.label) as scratch:
+    with scratch_folder(job.label) as scratch, store.repairing() if force else nullcontext():
         context = Context(
-            job.setting, job.label, job.spec, job.fingerprint, reporter, scratch, stop if stop else StopFlag()
+            job.setting, job.label, job.spec, job.fingerprint, reporter, scratch, stop if stop else StopFlag(), force
         )
         if warning:
             context.log(warning, "warning")
@@ -132,7 +136,7 @@ def execute(
             output = job.stage.finish(context, job.inputs, outputs)
         else:
             output = job.stage.run(context, job.inputs)
-    manifest = job.setting.store.commit(_manifest(job, output, time.monotonic() - started))
+    manifest = store.commit(_manifest(job, output, time.monotonic() - started), replace=force)
     seconds = time.monotonic() - started
     reporter.emit(StageFinished(job.label, seconds, describe(manifest), manifest.counts, manifest.fingerprint))
     return manifest
@@ -154,11 +158,11 @@ def _run_units(
     mine = [unit for unit in units if slice_ is None or unit.index % slice_.count == slice_.index]
     paths = {unit.index: memo_path(stage, job.spec, unit) for unit in mine}
     done: dict[int, Output] = {}
-    if not force:
+    if merge_only or not force:
         for unit in mine:
-            memo = store.get_json(paths[unit.index])
+            memo = store.get_record(paths[unit.index], Output)
             if memo is not None:
-                done[unit.index] = Output.model_validate(memo)
+                done[unit.index] = memo
     pending = [unit for unit in mine if unit.index not in done]
     if merge_only and pending:
         names = ", ".join(unit.name for unit in pending[:5]) + (", ..." if len(pending) > 5 else "")
@@ -170,15 +174,22 @@ def _run_units(
     if pending:
         context.check_stop()
         for unit, output in stage.process(context, job.inputs, pending):
-            record = output.model_dump(mode="json")
-            if force:
-                store.put_json(paths[unit.index], record)
-            elif not store.create_json(paths[unit.index], record):
-                # Another machine finished the same unit first: what it wrote down is what counts.
-                record = store.get_json(paths[unit.index]) or record
-            done[unit.index] = Output.model_validate(record)
+            done[unit.index] = _note(store, paths[unit.index], output, force)
             context.check_stop()
     return [done[unit.index] for unit in mine]
+
+
+def _note(store: Store, path: str, output: Output, force: bool) -> Output:
+    """Writes down what was made of a unit. Where another machine finished it first, what that one wrote counts."""
+    record = output.model_dump(mode="json")
+    if not force:
+        if store.create_json(path, record):
+            return output
+        first = store.get_record(path, Output)
+        if first is not None:
+            return first
+    store.put_json(path, record)
+    return output
 
 
 def _manifest(job: Job, output: Output, seconds: float) -> Manifest:

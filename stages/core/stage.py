@@ -87,6 +87,8 @@ class Context:
     scratch: Path
     """An empty local folder, deleted afterwards."""
     stop: StopFlag = field(default_factory=StopFlag)
+    force: bool = False
+    """Make everything again: what an earlier run left half done is not to be gone on from."""
 
     @property
     def config(self) -> Config:

@@ -1,6 +1,6 @@
 """The store: blobs by content, manifests written last, memos, runs. The one truth about what is done.
 
-artifacts/<stage>/<fingerprint>/manifest.json   create-only; its existence is the commit
+artifacts/<stage>/<fingerprint>/manifest.json   create-only (but for --force); its existence is the commit
 blobs/<aa>/<sha256><suffix>                     shards and files by content
 memo/<stage>/<key>.json                         what a map stage made of one unit of its input
 runs/<name>/...                                 pointers, checkpoints in progress, reports
@@ -12,19 +12,29 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from stages.core.artifact import KEYS, SCHEMA_VERSION, ArtifactRef, Blob, Manifest, Shard, manifest_path
 from stages.core.config import Section
 from stages.core.errors import CorruptBlobError, StoreError
-from stages.core.filesystem import Files, LocalFiles, ObjectFiles
+from stages.core.filesystem import Files, LocalFiles
 from stages.core.fingerprint import digest_file
+from stages.core.locations import open_files
 from stages.core.shard import MappedShard
 from stages.core.statcache import StatCache
+
+Record = TypeVar("Record", bound=BaseModel)
+# What the read-through cache leaves alone: a blob that a running stage may be about to read, a download of another
+# process. A download's file that has stood for a day is left over from a process that was killed.
+IN_USE_S = 3600.0
+LEFT_OVER_S = 24 * 3600.0
 
 
 class StoreSection(Section):
@@ -41,7 +51,8 @@ class StoreSection(Section):
     cache_dir: str = "~/.cache/loraline"
     """Local folder for the read-through cache of blobs and for remembered file digests."""
     cache_gb: float = Field(default=200.0, gt=0)
-    """Blobs that were used longest ago are dropped from the local cache above this size, in 10^9 bytes."""
+    """Blobs that were used longest ago (and not within the last hour) are dropped from the local cache above this
+    size, in 10^9 bytes."""
     verify_uploads: Literal["readback", "size"] = "readback"
     """After an upload, read the object back and compare its sha256, or only look at its size."""
     allow_unconditional: bool = False
@@ -59,9 +70,11 @@ class Store:
     def __init__(self, section: StoreSection, files: Files | None = None) -> None:
         self.section = section
         self.cache_dir = Path(section.cache_dir).expanduser()
-        self.files = files or open_files(section)
+        self.files = files or open_files(section.url, section.endpoint_url, section.region, section.addressing_style)
         self._digests: StatCache | None = None
         self._probed = False
+        self._warning: str | None = None
+        self._trusts_sizes = True
 
     @property
     def url(self) -> str:
@@ -83,12 +96,12 @@ class Store:
         """Finds out, once per process and before heavy work, whether the store can be written to and keeps its word.
 
         Returns:
-            A warning for the person, or None.
+            A warning for the person, or None; the same at every call.
         Raises:
             StoreError: no permission, or create-only writes are ignored and `store.allow_unconditional` is off.
         """
         if self._probed:
-            return None
+            return self._warning
         path = f"runs/.probe/{uuid.uuid4().hex}"
         self.files.create(path, b"first")
         try:
@@ -96,11 +109,14 @@ class Store:
             kept = self.files.read(path)
         finally:
             self.files.delete(path)
-        self._probed = True
         if kept is None:
             raise StoreError(f"{self.url}: an object that was just written cannot be read back")
-        if not second and kept == b"first":
-            return None
+        if second or kept != b"first":
+            self._warning = self._unconditional()
+        self._probed = True
+        return self._warning
+
+    def _unconditional(self) -> str:
         text = (
             f"{self.url}: this store silently ignores create-only writes (If-None-Match), so two runs that finish the "
             f"same artifact at once may overwrite each other's manifest"
@@ -115,7 +131,17 @@ class Store:
     # -- blobs --------------------------------------------------------------------------------------------------------
 
     def has(self, blob: Blob) -> bool:
+        """Whether a blob is there, judged by its size; its bytes are compared when it is fetched."""
         return self.files.size(blob.path) == blob.bytes
+
+    @contextmanager
+    def repairing(self) -> Iterator[None]:
+        """Meanwhile, a blob that is put and is there already is read and compared first, and replaced if damaged."""
+        before, self._trusts_sizes = self._trusts_sizes, False
+        try:
+            yield
+        finally:
+            self._trusts_sizes = before
 
     def put_file(self, path: Path, suffix: str | None = None) -> Blob:
         """Uploads a local file as a blob, unless the store has it. Verified before this returns.
@@ -124,7 +150,7 @@ class Store:
             CorruptBlobError: what arrived is not what was sent.
         """
         blob = Blob(sha256=digest_file(path), bytes=path.stat().st_size, suffix=suffix or path.suffix)
-        if self.has(blob):
+        if self.has(blob) and (self._trusts_sizes or self._holds(blob)):
             return blob
         for attempt in (1, 2):
             self.files.put_file(path, blob.path)
@@ -145,8 +171,10 @@ class Store:
     def _arrived(self, blob: Blob) -> bool:
         if self.files.size(blob.path) != blob.bytes:
             return False
-        if self.section.verify_uploads == "size":
-            return True
+        return self.section.verify_uploads == "size" or self._holds(blob)
+
+    def _holds(self, blob: Blob) -> bool:
+        """Whether the bytes in the store are the ones that the blob's name promises."""
         sha = hashlib.sha256()
         for chunk in self.files.chunks(blob.path):
             sha.update(chunk)
@@ -167,8 +195,7 @@ class Store:
                 raise _damaged(self.url, blob)
             return path
         target = self.cache_dir / blob.path
-        if target.exists() and target.stat().st_size == blob.bytes:
-            os.utime(target)
+        if self._is_cached(blob, target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in (1, 2):
@@ -202,20 +229,35 @@ class Store:
             return self.read_blob(shard.sidecars[KEYS]).decode().splitlines()
         return MappedShard(self.fetch(shard)).keys
 
+    def _is_cached(self, blob: Blob, target: Path) -> bool:
+        """Whether the cache holds a blob, whole; one that is damaged is dropped. Notes the use."""
+        try:
+            status = target.stat()
+            if status.st_size != blob.bytes or self.digests.digest(target) != blob.sha256:
+                target.unlink(missing_ok=True)
+                return False
+            # The time of the last use is kept as the time of access: by that of change its digest is remembered.
+            os.utime(target, ns=(time.time_ns(), status.st_mtime_ns))
+        except FileNotFoundError:  # not there, or trimmed by another process this moment
+            return False
+        return True
+
     def _trim_cache(self) -> None:
-        limit = self.section.cache_gb * 1e9
-        folder = self.cache_dir / "blobs"
+        limit, now = self.section.cache_gb * 1e9, time.time()
         entries = []
-        for path in folder.glob("??/*"):
+        for path in (self.cache_dir / "blobs").glob("??/*"):
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            entries.append((status.st_mtime, status.st_size, path))
+            if not path.name.startswith(".part-"):
+                entries.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+            elif now - status.st_mtime > LEFT_OVER_S:
+                path.unlink(missing_ok=True)
         total = sum(size for _, size, _ in entries)
         # A file that is mapped into a running training stays readable after its name is gone.
-        for _, size, path in sorted(entries)[:-1]:
-            if total <= limit:
+        for used, size, path in sorted(entries):
+            if total <= limit or now - used < IN_USE_S:
                 break
             path.unlink(missing_ok=True)
             total -= size
@@ -245,9 +287,13 @@ class Store:
                 f"{self.url}/{path}: damaged manifest ({error}); delete it and run the stage again"
             ) from error
 
-    def commit(self, manifest: Manifest) -> Manifest:
-        """Makes an artifact exist. The first one to commit wins; a later one gets the winner's manifest back."""
+    def commit(self, manifest: Manifest, replace: bool = False) -> Manifest:
+        """Makes an artifact exist. The first one to commit wins; a later one gets the winner's manifest back, unless
+        it was asked to replace it."""
         data = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True).encode()
+        if replace:
+            self.files.put_bytes(manifest.path, data)
+            return manifest
         if self.files.create(manifest.path, data):
             return manifest
         winner = self.manifest(manifest.stage, manifest.fingerprint)
@@ -278,56 +324,25 @@ class Store:
         except ValueError:
             return None
 
+    def get_record(self, path: str, kind: type[Record]) -> Record | None:
+        """As `get_json`, of a known shape; None where the record has another one."""
+        try:
+            return kind.model_validate(self.get_json(path))
+        except ValidationError:
+            return None
+
     def create_json(self, path: str, record: Any) -> bool:
-        """Writes a record once; False if another one stands there."""
-        return self.files.create(path, _encode(record))
+        """Writes a record once; False if another one stands there. One that is no JSON is replaced."""
+        if self.files.create(path, _encode(record)):
+            return True
+        if self.get_json(path) is not None:
+            return False
+        self.put_json(path, record)
+        return True
 
     def put_json(self, path: str, record: Any) -> None:
         """Writes or replaces a record: for pointers, never for truths."""
         self.files.put_bytes(path, _encode(record))
-
-
-def open_files(section: StoreSection) -> Files:
-    """What a store's URL means.
-
-    Raises:
-        StoreError: the URL is of no known kind.
-    """
-    url = section.url
-    if "://" not in url:
-        return LocalFiles(Path(url).expanduser())
-    protocol, _, rest = url.partition("://")
-    if protocol == "file":
-        return LocalFiles(Path(rest).expanduser())
-    if not rest.strip("/"):
-        raise StoreError(f"store.url {url}: names no bucket")
-    if protocol != "s3":
-        return ObjectFiles(url, {})
-    endpoint = section.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = section.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
-    style = section.addressing_style
-    if style == "auto" and endpoint:
-        style = "path"
-    options: dict[str, Any] = {
-        "use_listings_cache": False,
-        "skip_instance_cache": True,
-        "max_concurrency": 4,
-        "config_kwargs": {
-            "signature_version": "s3v4",
-            "s3": {"addressing_style": style},
-            "connect_timeout": 5,
-            "read_timeout": 60,
-            "retries": {"mode": "standard", "total_max_attempts": 3},
-            # Several servers return the whole object's checksum for a range, or reject the trailer.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-    }
-    if endpoint:
-        options["endpoint_url"] = endpoint
-    if region:
-        options["client_kwargs"] = {"region_name": region}
-    return ObjectFiles(url, options)
 
 
 def _encode(record: Any) -> bytes:
@@ -342,5 +357,5 @@ def _lost(url: str, blob: Blob) -> StoreError:
 
 def _damaged(url: str, blob: Blob) -> CorruptBlobError:
     return CorruptBlobError(
-        f"{url}/{blob.path}: its bytes do not match its sha256. Delete it and run the stage that made it with --force."
+        f"{url}/{blob.path}: its bytes do not match its sha256. Run the stage that made it with --force."
     )

@@ -59,7 +59,7 @@ def build_package(context: Context, inputs: Inputs, base_on_hub: bool) -> Packag
         InputError: training left no adapter.
         CorruptBlobError, StoreError: its files cannot be read.
     """
-    manifests = {_label(stage, manifest): manifest for stage, manifest in _all(inputs)}
+    manifests = dict(_labelled(inputs))
     train = inputs.one("train")
     names = {file.name for file in train.files}
     if ADAPTER not in names:
@@ -130,14 +130,11 @@ def without_local_paths(value: Any) -> Any:
     return value
 
 
-def _all(inputs: Inputs) -> Iterable[tuple[str, Manifest]]:
+def _labelled(inputs: Inputs) -> Iterable[tuple[str, Manifest]]:
+    # The data set is the one that the artifact is read for: data sets of the same source and settings share one.
     for stage in ("download", "bucket", "latents", "embeds", "train"):
-        for manifest in inputs.all(stage).values():
-            yield stage, manifest
-
-
-def _label(stage: str, manifest: Manifest) -> str:
-    return f"{stage}[{manifest.dataset}]" if manifest.dataset else stage
+        for dataset, manifest in inputs.all(stage).items():
+            yield f"{stage}[{dataset}]" if dataset else stage, manifest
 
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:

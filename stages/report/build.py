@@ -36,7 +36,7 @@ from stages.report.record import Action, RunRecord, manifests_of, records_in_sto
 from stages.report.timeline import rows
 from stages.report.training import TrainingView, view_training
 
-__all__ = ["Action", "RunRecord", "build_report", "records_in_store", "report_place", "write_report"]
+__all__ = ["Action", "RunRecord", "build_report", "records_in_store", "report_is_about", "report_place", "write_report"]
 
 FOLDER = Path(__file__).parent
 MOST_DATASETS = 20
@@ -106,18 +106,27 @@ def build_report(pipeline: Pipeline, records: Sequence[RunRecord], error: str | 
 
 
 def write_report(
-    pipeline: Pipeline, records: Sequence[RunRecord], error: str | None = None, copy_to: Path | None = None
+    pipeline: Pipeline,
+    records: Sequence[RunRecord],
+    error: str | None = None,
+    copy_to: Path | None = None,
+    run: str | None = None,
 ) -> str:
-    """Builds the page and puts it into the store at runs/<name>/report.html, replacing an earlier one.
+    """Builds the page and puts it into the store at runs/<name>/report.html, replacing that of an earlier run.
 
     Args:
         copy_to: also write it to this local file.
+        run: also keep it at runs/<name>/history/<run>/report.html.
 
     Returns:
         Where a person opens it: the copy, or the file of a local store, or its address in the store.
     """
     data = build_report(pipeline, records, error).encode("utf-8", errors="replace")
     pipeline.store.files.put_bytes(_path(pipeline), data)
+    if run is not None:
+        pipeline.store.files.put_bytes(f"runs/{pipeline.config.name}/history/{run}/report.html", data)
+    about = {record.label: record.manifest.fingerprint if record.manifest else None for record in records}
+    pipeline.store.put_json(_about_path(pipeline), about)
     if copy_to is not None:
         copy_to.parent.mkdir(parents=True, exist_ok=True)
         copy_to.write_bytes(data)
@@ -128,6 +137,16 @@ def write_report(
 def report_place(pipeline: Pipeline) -> str | None:
     """Where the report of this configuration's last run is; None where there is none."""
     return _place(pipeline) if pipeline.store.files.size(_path(pipeline)) is not None else None
+
+
+def report_is_about(pipeline: Pipeline) -> dict[str, str | None]:
+    """Fingerprints of the artifacts that the last report shows, by label; empty where there is no report."""
+    found = pipeline.store.get_json(_about_path(pipeline))
+    return found if isinstance(found, dict) else {}
+
+
+def _about_path(pipeline: Pipeline) -> str:
+    return f"runs/{pipeline.config.name}/report.json"
 
 
 def _path(pipeline: Pipeline) -> str:

@@ -8,7 +8,9 @@ import pytest
 
 from stages.config import Config, load_config
 from stages.core.config import parse_yaml, validate
-from stages.core.errors import ConfigError
+from stages.core.errors import ConfigError, StoreError, TransientError
+from tests.servers.fault_proxy import FaultProxy
+from tests.servers.s3 import S3Server
 
 MINIMAL = """
 name: test
@@ -135,3 +137,41 @@ def test_every_field_of_the_schema_is_described_or_plainly_named() -> None:
 def test_validate_reports_a_type(config_file: str) -> None:
     with pytest.raises(ConfigError, match="name: is required"):
         validate(Config, {})
+
+
+def test_a_configuration_in_a_bucket_is_read_as_the_store_is(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = moto.with_new_bucket()
+    server.client().put_object(Bucket=server.bucket, Key="some/run.yaml", Body=MINIMAL.encode())
+    for key, value in server.environment().items():
+        monkeypatch.setenv(key, value)
+    assert load_config(f"s3://{server.bucket}/some/run.yaml", environment={}).name == "test"
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(f"s3://{server.bucket}/some/walk.yaml", environment={})
+    with pytest.raises(StoreError, match="The bucket does not exist"):
+        load_config("s3://no-such-bucket-here/run.yaml", environment={})
+
+
+def test_no_credentials_for_a_configuration_are_said_plainly(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in moto.environment():
+        monkeypatch.delenv(key, raising=False)
+    for key, value in {
+        "AWS_ENDPOINT_URL": moto.endpoint,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+        "AWS_CONFIG_FILE": "/nonexistent",
+    }.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(StoreError, match="set AWS_ACCESS_KEY_ID"):
+        load_config(f"s3://{moto.bucket}/run.yaml", environment={})
+
+
+def test_a_server_that_is_down_is_worth_another_try(
+    s3: S3Server, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = s3.through(fault_proxy)
+    for key, value in server.environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    fault_proxy.answer(503, times=None)
+    with pytest.raises(TransientError, match="after 5 attempts"):
+        load_config(f"s3://{server.bucket}/run.yaml", environment={})

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from stages.config import Config
-from stages.core.artifact import Manifest, Output
+from stages.core.artifact import Blob, Manifest, Output
 from stages.core.errors import InputError, MissingInputError, PreemptedError
-from stages.core.events import Recorder, StageFinished, StageReused
+from stages.core.events import Message, Recorder, StageFinished, StageReused
 from stages.core.preemption import StopFlag
 from stages.core.runner import Slice
 from stages.core.shard import ShardWriter, read_shard
@@ -48,7 +48,8 @@ class Source(Stage):
 
 
 class Double(MapStage):
-    """Each line twice, unit by unit. `done` counts the units that were really worked on."""
+    """Each line twice, unit by unit. `done` counts the units that were really worked on; `mark` is what makes two runs
+    of the same fingerprint differ."""
 
     name = "bucket"
     version = 1
@@ -57,11 +58,16 @@ class Double(MapStage):
 
     def __init__(self) -> None:
         self.done: list[str] = []
+        self.model = "one"
+        self.mark = ""
         self.die_after: int | None = None
         self.stop: StopFlag | None = None
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         return {"resolution": setting.config.bucket.resolution}
+
+    def surroundings(self, setting: Setting) -> dict[str, Any]:
+        return {"model": self.model}
 
     def units(self, context: Context, inputs: Inputs) -> list[Unit]:
         shards = inputs.one("download").shards
@@ -74,7 +80,7 @@ class Double(MapStage):
             [(key, members)] = read_shard(context.store.fetch(unit.payload))
             path = context.scratch / "out.tar"
             with ShardWriter(path) as shard:
-                shard.write(key, {"txt": members["txt"] * 2 + str(context.spec["resolution"]).encode()})
+                shard.write(key, {"txt": members["txt"] * 2 + f"{context.spec['resolution']}{self.mark}".encode()})
             self.done.append(members["txt"].decode())
             if self.stop and len(self.done) == 1:
                 self.stop.set("SIGTERM")
@@ -93,6 +99,7 @@ class Total(Stage):
 
     def __init__(self) -> None:
         self.runs = 0
+        self.forced = False
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         return {"steps": setting.config.train.steps}
@@ -105,6 +112,7 @@ class Total(Stage):
 
     def run(self, context: Context, inputs: Inputs) -> Output:
         self.runs += 1
+        self.forced = context.force
         texts = [
             members["txt"].decode()
             for manifest in inputs.all("bucket").values()
@@ -278,16 +286,84 @@ def test_several_machines_share_a_map_stage(world: World) -> None:
     assert [shard.name for shard in merged.shards] == ["0", "1", "2"]
 
 
-def test_force_makes_it_again_to_the_same_digest(world: World) -> None:
-    first = world.run()
+def force(world: World, stage: str, first: dict[str, Manifest]) -> Manifest:
     pipeline = world.pipeline()
-    source = Node("download", "letters")
-    again = pipeline.run_node(
-        Node("bucket", "letters"), {source: first["download[letters]"]}, world.recorder, force=True
-    )
+    [node] = pipeline.nodes_of(stage)
+    manifests = {source: first[source.label] for source in pipeline.upstream(node)}
+    again = pipeline.run_node(node, manifests, world.recorder, force=True)
     assert again is not None
-    assert again.digest() == first["bucket[letters]"].digest()
-    assert len(world.double.done) == 6
+    return again
+
+
+def blobs(manifest: Manifest) -> list[Blob]:
+    return [*manifest.shards, *manifest.files]
+
+
+@pytest.mark.parametrize("stage", ["bucket", "train"])
+def test_force_makes_it_again_to_the_same_digest_and_repairs_what_is_damaged(world: World, stage: str) -> None:
+    first = world.run()
+    store = world.pipeline().store
+    label = "bucket[letters]" if stage == "bucket" else stage
+    damaged, *others = blobs(first[label])
+    store.files.put_bytes(damaged.path, b"?" * damaged.bytes)
+    if others:
+        store.files.delete(others[0].path)
+    again = force(world, stage, first)
+    assert again.digest() == first[label].digest()
+    for blob in blobs(again):
+        assert len(store.read_blob(blob)) == blob.bytes
+    assert (len(world.double.done), world.total.runs) == ((6, 1) if stage == "bucket" else (3, 2))
+
+
+def test_force_takes_what_comes_out_this_time(world: World) -> None:
+    first = world.run()
+    world.double.mark = "!"
+    forced = force(world, "bucket", first)
+    assert forced.fingerprint == first["bucket[letters]"].fingerprint
+    assert forced.digest() != first["bucket[letters]"].digest()
+    world.double.mark = "never asked"
+    later = world.run()
+    assert later["bucket[letters]"] == forced
+    assert later["train"].digest() != first["train"].digest()
+
+
+def test_a_stage_knows_that_it_is_forced(world: World) -> None:
+    first = world.run()
+    assert not world.total.forced
+    force(world, "train", first)
+    assert world.total.forced
+
+
+@pytest.mark.parametrize("memo", [b"{", b"[1]", b'{"shards": 3}'])
+def test_a_memo_that_cannot_be_understood_is_written_again(world: World, memo: bytes) -> None:
+    pipeline = world.pipeline()
+    node, source = Node("bucket", "letters"), Node("download", "letters")
+    made = pipeline.run_node(source, {}, Recorder())
+    assert made is not None
+    pipeline.run_node(node, {source: made}, Recorder(), slice_=Slice(0, 1))
+    name = pipeline.store.files.names("memo/bucket")[0]
+    pipeline.store.files.put_bytes(f"memo/bucket/{name}", memo)
+    with pytest.raises(MissingInputError, match="1 of 3 units are not done yet"):
+        pipeline.run_node(node, {source: made}, Recorder(), merge_only=True)
+    pipeline.run_node(node, {source: made}, Recorder(), slice_=Slice(0, 1))
+    assert len(world.double.done) == 4
+    merged = pipeline.run_node(node, {source: made}, Recorder(), merge_only=True)
+    assert merged is not None
+    assert merged.counts == {"lines": 3}
+
+
+def test_what_the_store_cannot_promise_is_said_in_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = world.pipeline(store={"url": world.store_url, "cache_dir": world.cache, "allow_unconditional": True})
+
+    def create(path: str, data: bytes) -> bool:
+        pipeline.store.files.put_bytes(path, data)
+        return True
+
+    monkeypatch.setattr(pipeline.store.files, "create", create)
+    pipeline.run_node(Node("download", "letters"), {}, world.recorder)
+    said = [event.text for event in world.recorder.events if isinstance(event, Message) and event.level == "warning"]
+    assert len(said) == 1
+    assert "ignores create-only writes" in said[0]
 
 
 def test_too_little_data_is_found_before_the_stage_that_needs_it(world: World) -> None:
@@ -306,6 +382,13 @@ def test_a_stage_alone_finds_its_inputs_or_says_what_is_missing(world: World) ->
     assert world.pipeline().find_inputs(train)[Node("bucket", "letters")] == made["bucket[letters]"]
     with pytest.raises(MissingInputError, match=r"other settings \(resolution 1.0 -> 2.0\)"):
         world.pipeline(bucket={"resolution": 2.0}).find_inputs(train)
+    world.double.model = "another"
+    with pytest.raises(MissingInputError, match=r"another model \(model one -> another\): run `loraline stage bucket`"):
+        world.pipeline().find_inputs(train)
+    world.double.model, world.double.version = "one", 2
+    with pytest.raises(MissingInputError, match=r"version 1 of the stage, which is now 2: run `loraline stage bucket`"):
+        world.pipeline().find_inputs(train)
+    world.double.version = 1
     world.text.write_text("aa bb cc dd")
     pipeline = world.pipeline()
     pipeline.run_node(Node("download", "letters"), {}, Recorder())
@@ -322,11 +405,23 @@ def test_given_inputs_are_taken_as_they_are(world: World) -> None:
         world.pipeline().find_inputs(Node("train"), {"bucket[letters]": "0" * 64})
 
 
-def test_a_damaged_memory_is_only_forgotten(world: World) -> None:
+def test_the_source_of_the_download_may_be_out_of_reach_of_a_stage_that_runs_alone(world: World) -> None:
+    made = world.run()
+    world.text.unlink()
+    assert world.pipeline().find_inputs(Node("train"))[Node("bucket", "letters")] == made["bucket[letters]"]
+
+
+@pytest.mark.parametrize("record", [b"{", b"{}", b"[1]"])
+def test_a_damaged_memory_is_only_forgotten(world: World, record: bytes) -> None:
     world.run()
     pipeline = world.pipeline()
-    pipeline.store.files.put_bytes("runs/world/last/train.json", b"{")
+    pipeline.store.files.put_bytes("runs/world/last/train.json", record)
+    pipeline.store.files.put_bytes("runs/world/published.json", record)
     assert actions(pipeline)["train"] == "reuse"
+    world.total.version = 2
+    assert reasons(pipeline, "train") == "first run"
+    assert pipeline.last(Node("train")) is None
+    assert pipeline.published() is None
 
 
 def test_two_data_sets_meet_in_training(world: World, tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,6 +75,21 @@ def test_a_damaged_blob_is_never_handed_out(store: Store) -> None:
         store.fetch(blob)
 
 
+def test_a_damaged_blob_is_repaired_when_that_is_asked_for(store: Store) -> None:
+    blob = store.put_bytes(b"right", ".tar")
+    store.files.put_bytes(blob.path, b"wrong")
+    with store.repairing():
+        assert store.put_bytes(b"right", ".tar") == blob
+    assert store.read_blob(blob) == b"right"
+
+
+def test_a_commit_may_replace(store: Store) -> None:
+    store.commit(manifest(duration_s=1.0))
+    second = manifest(duration_s=2.0)
+    assert store.commit(second, replace=True) == second
+    assert store.manifest("bucket", second.fingerprint) == second
+
+
 def test_the_first_commit_wins(store: Store) -> None:
     first, second = manifest(duration_s=1.0), manifest(duration_s=2.0)
     assert store.manifest("bucket", first.fingerprint) is None
@@ -98,6 +117,9 @@ def test_json_records(store: Store) -> None:
     assert store.create_json("memo/a.json", {"b": 1})
     assert not store.create_json("memo/a.json", {"b": 2})
     assert store.get_json("memo/a.json") == {"b": 1}
+    store.files.put_bytes("memo/a.json", b"{")
+    assert store.create_json("memo/a.json", {"b": 2})
+    assert store.get_json("memo/a.json") == {"b": 2}
     store.put_json("memo/a.json", {"b": 3})
     assert store.get_json("memo/a.json") == {"b": 3}
     assert store.files.names("memo") == ["a.json"]
@@ -153,6 +175,45 @@ def test_the_cache_drops_what_was_used_longest_ago(
     left = {path.stem for path in (tmp_path / "cache" / "blobs").glob("??/*")}
     assert blobs[0].sha256 not in left
     assert len(left) == 2
+
+
+def test_a_damaged_copy_in_the_cache_is_noticed_and_fetched_again(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = on_s3(moto.with_new_bucket(), tmp_path, monkeypatch)
+    blob = store.put_bytes(b"right", ".tar")
+    store.fetch(blob).write_bytes(b"wrong")
+    assert store.fetch(blob).read_bytes() == b"right"
+
+
+def test_a_cached_blob_that_did_not_change_is_hashed_once(
+    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = on_s3(moto.with_new_bucket(), tmp_path, monkeypatch)
+    blob = store.put_bytes(b"right", ".tar")
+    os.utime(store.fetch(blob), (1, 1))
+    store.fetch(blob)
+    hashing = Mock(return_value=blob.sha256)
+    monkeypatch.setattr("stages.core.statcache.digest_file", hashing)
+    used = store.fetch(blob).stat().st_atime
+    assert not hashing.called
+    assert used > 1
+
+
+def test_the_cache_leaves_alone_what_is_in_use(moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = on_s3(moto.with_new_bucket(), tmp_path, monkeypatch, cache_gb=1e-6)
+    folder = tmp_path / "cache" / "blobs" / "00"
+    folder.mkdir(parents=True)
+    of_another, left_over = folder / ".part-young", folder / ".part-old"
+    for path, age_s in ((of_another, 7200), (left_over, 2 * 86400)):
+        path.write_bytes(b"x" * 5000)
+        os.utime(path, (time.time() - age_s,) * 2)
+    first = store.fetch(store.put_bytes(b"first" * 200, ".tar"))
+    second = store.fetch(store.put_bytes(b"second" * 200, ".tar"))
+    assert first.exists()
+    assert second.exists()
+    assert of_another.exists()
+    assert not left_over.exists()
 
 
 def test_a_busy_server_is_asked_again(
@@ -233,6 +294,20 @@ def test_a_store_that_ignores_create_only_writes_is_found_out(
     assert "overwrite each other" in warning
 
 
+def test_a_warning_about_the_store_is_given_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = StoreSection(url=f"{tmp_path}/store", cache_dir=str(tmp_path / "cache"), allow_unconditional=True)
+    store = Store(section)
+
+    def create(path: str, data: bytes) -> bool:
+        store.files.put_bytes(path, data)
+        return True
+
+    monkeypatch.setattr(store.files, "create", create)
+    warning = store.probe()
+    assert warning is not None
+    assert store.probe() == warning
+
+
 def test_wrong_credentials_and_a_missing_bucket_are_said_plainly(
     moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,13 +332,22 @@ def test_a_folder_that_cannot_be_written_is_said_plainly(tmp_path: Path) -> None
 
 def test_files_of_the_local_store_are_not_secret_to_the_group(tmp_path: Path) -> None:
     """mkstemp makes files that only their owner may read; a shared folder needs the umask's say."""
+    program = (
+        "import sys; from pathlib import Path; from stages.core.filesystem import LocalFiles; "
+        "LocalFiles(Path(sys.argv[1])).put_bytes('a/b', b'x')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], umask=0o027, check=True)
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o640
+
+
+def test_writing_a_file_leaves_the_umask_of_other_threads_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(StoreSection(url=f"file://{tmp_path}/store", cache_dir=str(tmp_path / "cache")))
-    before = os.umask(0o022)
-    try:
-        path = store.fetch(store.put_bytes(b"x", ".tar"))
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    asking = Mock(return_value=0o022)
+    monkeypatch.setattr(os, "umask", asking)
+    store.put_bytes(b"x", ".tar")
+    assert not asking.called
 
 
 def test_an_open_store_holds_no_secret_that_could_be_pickled(

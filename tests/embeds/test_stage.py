@@ -14,10 +14,11 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load, load_file, save_file
 
 from stages.config import Config
-from stages.core.artifact import Manifest
+from stages.core.artifact import KEYS, Manifest
 from stages.core.errors import InputError
 from stages.core.events import Message
 from stages.core.fingerprint import digest_bytes
+from stages.core.shard import MappedShard
 from stages.core.stage import Setting
 from stages.core.store import Store
 from stages.embeds import captions as captions_module
@@ -128,6 +129,13 @@ def test_the_negative_branch_of_encode_prompt_is_the_negative_prompts_entry(
         )
     torch.testing.assert_close(as_pipeline(entry, negative_BLD.shape[-1]), negative_BLD[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(entry["pooled"], pooled_BD[0], rtol=0, atol=1e-6)
+
+
+def test_each_shard_lists_its_captions_beside_it(config: Config, downloaded: Manifest) -> None:
+    manifest, store = embed(config, downloaded), Store(config.store)
+    for shard in manifest.shards:
+        assert store.read_blob(shard.sidecars[KEYS]).decode().split() == MappedShard(store.fetch(shard)).keys
+    assert sum(len(store.keys(shard)) for shard in manifest.shards) == manifest.counts["captions"]
 
 
 def test_zero_padding_stores_only_real_tokens(config: Config, downloaded: Manifest, pipeline: Any) -> None:

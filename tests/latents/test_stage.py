@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
 from stages.config import Config
-from stages.core.artifact import Manifest
+from stages.core.artifact import KEYS, Manifest
 from stages.core.errors import ConfigError, InputError
 from stages.core.events import Message
+from stages.core.shard import MappedShard
 from stages.core.stage import Inputs, Setting
 from stages.core.store import Store
 from stages.latents import stage as latents_stage
@@ -84,6 +85,15 @@ def test_latents_are_what_diffusers_encodes(config: Config, cropped: Manifest, v
         assert got_BCHW.dtype == torch.float32
         assert torch.equal(got_BCHW, wanted_BCHW)
         assert got_BCHW.std() > 0.01
+
+
+def test_each_shard_lists_its_keys_beside_it(config: Config, cropped: Manifest) -> None:
+    manifest, store = encode(config, cropped), Store(config.store)
+    for shard in manifest.shards:
+        assert store.read_blob(shard.sidecars[KEYS]).decode().split() == MappedShard(store.fetch(shard)).keys
+        assert store.keys(shard) == store.keys(shard.model_copy(update={"sidecars": {}}))
+    bare = [shard.model_copy(update={"sidecars": {}}) for shard in manifest.shards]
+    assert manifest.model_copy(update={"shards": bare}).digest() == manifest.digest(), "a list is no content"
 
 
 def test_scaling_and_shift_come_from_the_vaes_own_config(tmp_path: Path, tiny_sd3: Path, cropped: Manifest) -> None:

@@ -45,6 +45,17 @@ def test_layout_and_record(bench: Bench) -> None:
     assert bench.stage.still_there(bench.setting, manifest) is None
 
 
+def test_data_sets_that_share_an_artifact_are_both_in_the_record(tmp_path: Path) -> None:
+    """Two data sets of the same source and settings: the manifest tells of the one that was first."""
+    source = {"type": "local", "path": str(tmp_path / "photos")}
+    datasets = [{"id": name, "source": source} for name in ("photos", "twins")]
+    bench = make_bench(tmp_path, {"target": "folder", "path": str(tmp_path / "out")}, datasets=datasets)
+    bench.manifests["download", "twins"] = bench.manifests["download", "photos"]
+    bench.run()
+    record = json.loads((bench.root / "out" / "loraline.json").read_text())
+    assert record["artifacts"]["download[twins]"] == record["artifacts"]["download[photos]"]
+
+
 def test_twice_is_once(bench: Bench) -> None:
     bench.run()
     before = {path: path.stat().st_ino for path in (bench.root / "out").rglob("*")}
