@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
@@ -55,6 +55,8 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
     """One stage: looked up in the store, and run in a process of its own where it is not there."""
     pipeline = Pipeline.open(Config.model_validate(config))
     node = pipeline.node(label)
+    # A second try after a transient failure keeps what the first one finished.
+    force = force and task_run.get_run_count() <= 1
     reporter, started_at = reporter_for_run(), time.time()
 
     def note(action: Action, reason: str, manifest: Manifest | None = None) -> None:

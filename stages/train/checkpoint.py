@@ -72,6 +72,12 @@ class Checkpoints:
         """Steps of the checkpoints, newest first, whether whole or not (a deleted one may leave its empty folder)."""
         return sorted((int(name) for name in self._files.names(self._folder) if name.isdigit()), reverse=True)
 
+    def clear(self) -> None:
+        """Deletes all of them: training is to begin anew."""
+        for step in self.steps():
+            self._files.delete(self._path(step, "checkpoint.json"))
+            self._files.delete(self._path(step, "state.safetensors"))
+
     def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest whole checkpoint, if there is one, and what is to be said about damaged ones."""
         warnings: list[str] = []

@@ -79,7 +79,8 @@ class Entry:
 def read_entries(
     store: Store, downloads: dict[str | None, Manifest], latents: dict[str | None, Manifest]
 ) -> list[Entry]:
-    """All latent shards in the order of the manifests, joined with captions by sample key.
+    """All latent shards, joined with captions by sample key; in an order that only what is in them decides, as the
+    digests do that stand for them in the fingerprint (not the order of manifests or of the configuration).
 
     Raises:
         InputError: a latent has no caption: the two were not made from one download.
@@ -99,7 +100,7 @@ def read_entries(
                 )
             pairs = [known[key] for key in keys]
             entries.append(Entry(shard, str(dataset), keys, [pair[0] for pair in pairs], [pair[1] for pair in pairs]))
-    return entries
+    return sorted(entries, key=lambda entry: (entry.dataset, entry.shard.sha256))
 
 
 def _listed(store: Store, shards: Sequence[Shard]) -> list[tuple[Shard, list[str]]]:

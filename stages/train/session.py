@@ -162,6 +162,8 @@ class Session:
     def run(self) -> Output:
         context, trainer, last = self.context, self.trainer, self.section.steps
         checkpoints = Checkpoints(context.store, self.name, self.section.keep_checkpoints, context.scratch)
+        if context.force:
+            checkpoints.clear()
         saved, warnings = checkpoints.newest()
         for warning in warnings:
             context.log(warning, "warning")

@@ -58,7 +58,7 @@ def training_rows(made: Made) -> tuple[list[ShardRows], list[list[str]]]:
     from stages.core.shard import read_shard
 
     shards, keys = [], []
-    for shard in made.inputs.one("latents").shards:
+    for shard in sorted(made.inputs.one("latents").shards, key=lambda shard: shard.sha256):
         keys.append([key for key, _ in read_shard(made.store.fetch(shard))])
         assert shard.bucket is not None
         shards.append(ShardRows(shard.bucket, range(len(keys[-1]))))
