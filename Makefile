@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # One thread a process: two OpenMP threads on a busy machine can be ten times slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types check install bench clean
+.PHONY: demo test test-deployments lint types check install bench clean
 
 install: $(VENV)/.installed
 
@@ -19,12 +19,16 @@ $(VENV)/.installed: pyproject.toml docker/constraints.txt
 	@touch $@
 
 demo: install
-	$(BIN)/python examples/demo/make_dataset.py .loraline/demo-images
+	test -d .loraline/demo-images || $(BIN)/python examples/demo/make_dataset.py .loraline/demo-images
 	$(BIN)/loraline run --config examples/demo/config.yaml
 
 # Two processes; whatever cannot be had on this machine (Ceph's packages, a Docker engine) is skipped with its reason.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not deployments"
+
+# Prefect's server, real workers, a process for each stage: some ten minutes.
+test-deployments: install
+	$(BIN)/python -m pytest -m deployments
 
 lint: install
 	$(BIN)/ruff check .

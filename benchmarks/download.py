@@ -98,7 +98,9 @@ def main() -> None:
     }
     print(f"download, {arguments.images} JPEGs of {EDGE} px, one process")
     print(f"  loop: decode and copy       {result['loop_images_per_s']:8.0f} images/s")
-    print(f"  the stage                   {result['stage_images_per_s']:8.0f} images/s, {result['ratio']:.2f} x its time")
+    print(
+        f"  the stage                   {result['stage_images_per_s']:8.0f} images/s, {result['ratio']:.2f} x its time"
+    )
     for count, peak in result["peak_mb"].items():
         print(f"  peak memory, {count:6,} images {peak:8.0f} MB")
     if arguments.json:

@@ -28,6 +28,7 @@ from stages.core.events import JsonLines, Reporter, StageFailed
 from stages.core.preemption import die_with_parent, stop_on_signals
 from stages.core.runner import Slice
 from stages.core.stage import MapStage
+from stages.core.store import StoreSection
 from stages.pipeline import Node, Pipeline
 from stages.registry import STAGES
 
@@ -143,6 +144,28 @@ def report(
     with told_kindly():
         pipeline = Pipeline.open(load_config(config, sets or []))
         print(write_report(pipeline, records_in_store(pipeline), copy_to=out))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Also look at the store of this configuration.")
+    ] = None,
+    sets: SetOption = None,
+    store: Annotated[
+        str | None, typer.Option("--store", envvar="LORALINE__STORE__URL", help="Also look at this store.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Fail where no GPU is seen.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Says whether stages can run on this machine, or in this container, and what is missing."""
+    from stages import doctor as examination
+
+    with told_kindly():
+        section = load_config(config, sets or []).store if config else None
+    if store and section is None:
+        section = StoreSection(url=store)
+    raise typer.Exit(0 if examination.report(examination.Options(gpu, section), as_json) else 1)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Real images and real containers (marker `docker`); skipped with the reason where no engine can be started."""
