@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # One thread a process: two OpenMP threads on a busy machine can be ten times slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-deployments lint types check install bench clean
+.PHONY: demo test test-deployments test-docker lint types check install bench clean
 
 install: $(VENV)/.installed
 
@@ -24,11 +24,15 @@ demo: install
 
 # Two processes; whatever cannot be had on this machine (Ceph's packages, a Docker engine) is skipped with its reason.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not deployments"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not deployments and not docker"
 
 # Prefect's server, real workers, a process for each stage: some ten minutes.
 test-deployments: install
 	$(BIN)/python -m pytest -m deployments
+
+# Builds the images and runs each stage in its own container; needs a Docker engine, or Debian's packages for one.
+test-docker: install
+	$(BIN)/python -m pytest -m "docker and not ceph"
 
 lint: install
 	$(BIN)/ruff check .
