@@ -26,6 +26,7 @@ RUN python3 requirements.py
 FROM ${BASE_IMAGE} AS build
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CACHE_DIR=/var/cache/pip \
     PIP_ROOT_USER_ACTION=ignore
 # Debian's mirrors keep only the newest version of a package: a pin would break the build one day.
 # hadolint ignore=DL3008
@@ -41,21 +42,21 @@ COPY docker/constraints.txt /opt/constraints.txt
 FROM build AS build-cpu
 ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
 COPY --from=requirements /requirements/torch.txt /requirements/
-RUN --mount=type=bind,from=wheels,target=/wheels --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=bind,from=wheels,target=/wheels --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --find-links /wheels ${CPU_INDEX:+--extra-index-url "$CPU_INDEX"} \
         --constraint /opt/constraints.txt --requirement /requirements/torch.txt
 COPY --from=requirements /requirements/stages.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
     && compile-bytecode /opt/venv
 
 
 FROM build AS build-cuda
 COPY --from=requirements /requirements/torch.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/torch.txt
 COPY --from=requirements /requirements/stages.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
     && compile-bytecode /opt/venv
 
@@ -64,25 +65,25 @@ FROM build AS build-rocm
 # One of https://download.pytorch.org/whl/rocm*: which one goes with the pinned PyTorch, its own site says.
 ARG ROCM_INDEX
 COPY --from=requirements /requirements/torch.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --extra-index-url "${ROCM_INDEX:?give --build-arg ROCM_INDEX, see the Dockerfile}" \
         --constraint /opt/constraints.txt --requirement /requirements/torch.txt
 COPY --from=requirements /requirements/stages.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
     && compile-bytecode /opt/venv
 
 
 FROM build AS build-worker
 COPY --from=requirements /requirements/worker.txt /requirements/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/worker.txt \
     && compile-bytecode /opt/venv
 
 
 # loraline itself, the same for every target.
 FROM build AS code
-RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint /opt/constraints.txt 'setuptools>=77'
+RUN --mount=type=cache,target=/var/cache/pip pip install --constraint /opt/constraints.txt 'setuptools>=77'
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY stages stages
