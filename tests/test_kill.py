@@ -129,7 +129,7 @@ def test_a_killed_map_stage_goes_on_where_it_was(disturbed: Path, undisturbed: d
 def test_a_killed_training_goes_on_from_its_checkpoint(disturbed: Path, undisturbed: dict[str, str]) -> None:
     config = config_for(disturbed, disturbed / "images")
     runs = disturbed / "store" / "runs"
-    kill_when(config, "train", disturbed, lambda: any(runs.glob("train-*/checkpoints/*")))
+    kill_when(config, "train", disturbed, lambda: any(runs.glob("train-*/checkpoints/*/checkpoint.json")))
     assert Pipeline.open(config).last(Node("train")) is None
     events = run(config, "train", disturbed)
     steps = [event["step"] for event in events if event["event"] == "Metric"]

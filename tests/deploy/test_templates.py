@@ -201,12 +201,16 @@ def test_process_ignores_what_it_does_not_know() -> None:
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch) -> Any:
     """moto in the place of AWS; the client still checks every request against AWS's own service description."""
+    worker_class("ecs")  # skips here where the worker is not installed
     moto = pytest.importorskip("moto", reason="pip install 'moto[ecs,ec2]'")
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(key, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with moto.mock_aws():
-        yield
+    # Without a reset: the users and buckets of this process's moto server belong to other tests.
+    mock = moto.mock_aws()
+    mock.start(reset=False)
+    yield
+    mock.stop()
 
 
 def ecs_requests(name: str, **variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
