@@ -62,7 +62,8 @@ def run(
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
         os.environ.setdefault("DO_NOT_TRACK", "1")
         if not verbose:
-            os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+            # Prefect's server gets all log lines; this terminal has bars and messages of its own.
+            os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         # Prefect takes seconds to import and reads its settings then: `plan` and `stage` do without.
         from flows.pipeline import pipeline_flow
         from flows.reporting import shown_on

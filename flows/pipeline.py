@@ -141,7 +141,9 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
     _known(pipeline, names)
     # Everything that will run here is checked before the first of it does: a wrong setting of the last stage is found
     # now. What runs elsewhere is checked there: this machine may have no GPU.
-    planned = [step.node for step in pipeline.plan() if step.action == "run"]
+    steps = pipeline.plan()
+    pipeline.judge(steps)
+    planned = [step.node for step in steps if step.action == "run"]
     pipeline.check([node for node in planned if pipeline.config.flow.executor_of(node.stage) == "inline"])
     futures: dict[Node, PrefectFuture[Any]] = {}
     task_ = stage_task.with_options(retries=pipeline.config.flow.retries)

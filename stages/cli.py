@@ -71,7 +71,9 @@ def plan(
 ) -> None:
     """Says which stages a run would do, which it would reuse, and why. Changes nothing."""
     with told_kindly():
-        steps = Pipeline.open(load_config(config, sets or [])).plan()
+        pipeline = Pipeline.open(load_config(config, sets or []))
+        steps = pipeline.plan()
+        pipeline.judge(steps)
     if as_json:
         records = [
             {"node": step.node.label, "action": step.action, "reasons": step.reasons, "fingerprint": step.fingerprint}

@@ -202,6 +202,10 @@ class Pipeline:
 
     def changes(self, node: Node, job: Job) -> list[str]:
         """Why a node is not in the store: what is different from the last time, in words."""
+        manifest = self.store.manifest(node.stage, job.fingerprint)
+        gone = job.stage.still_there(job.setting, manifest) if manifest is not None else None
+        if gone is not None:
+            return [gone]
         return self._changes(node, job.spec, job.digests)
 
     def _changes(self, node: Node, spec: dict[str, Any], digests: dict[str, str] | None) -> list[str]:
@@ -218,6 +222,21 @@ class Pipeline:
             changed = explain_changes(last.inputs, digests)
             reasons += [text for text in changed if not text.endswith(" -> none")]
         return reasons
+
+    def judge(self, steps: Sequence[Step]) -> None:
+        """Lets every stage judge the artifacts that a plan reuses, before anything runs.
+
+        Raises:
+            InputError: what is there will not do for a stage: too few images for its batch, say.
+        """
+        done = {
+            (step.node.stage, step.node.dataset): manifest
+            for step in steps
+            if step.action == "reuse" and step.fingerprint is not None
+            if (manifest := self.store.manifest(step.node.stage, step.fingerprint)) is not None
+        }
+        for node in self.order:
+            self.stage(node.stage).foresee(self.setting(node), Inputs(done))
 
     # -- a run --------------------------------------------------------------------------------------------------------
 

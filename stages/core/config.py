@@ -67,7 +67,8 @@ def load(
     tree = parse_yaml(text, path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is {_type_name(tree)}")
-    for key, value in (os.environ if environment is None else environment).items():
+    variables = os.environ if environment is None else environment
+    for key, value in variables.items():
         if key.startswith(ENVIRONMENT_PREFIX):
             dotted = key.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             _assign(tree, dotted, parse_yaml(value, key), key)
@@ -76,7 +77,8 @@ def load(
         if not equals:
             raise ConfigError(f"--set {override}: write it as section.key=value")
         _assign(tree, dotted.strip(), parse_yaml(value, f"--set {dotted}"), "--set")
-    return validate(model, tree, path)
+    overridden = overrides or any(key.startswith(ENVIRONMENT_PREFIX) for key in variables)
+    return validate(model, tree, f"{path} and what overrides it" if overridden else path)
 
 
 def _read(path: str) -> bytes:
