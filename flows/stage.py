@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.child import run_stage, start_over, stop_all
@@ -25,7 +26,13 @@ TRANSIENT = "TransientFailure"
 ARTIFACT = "artifact"
 
 
-@flow(name="stage", flow_run_name="{label}", persist_result=False)
+def _run_name() -> str:
+    """'latents[photos]', and the slice where it is one of several runs of a stage."""
+    parameters = flow_run.get_parameters()
+    return " ".join(str(parameters[name]) for name in ("label", "slice") if parameters.get(name))
+
+
+@flow(name="stage", flow_run_name=_run_name, persist_result=False)
 def stage_flow(
     label: str,
     config: dict[str, Any],
