@@ -24,7 +24,7 @@ PICTURES_BYTES = 600_000
 _CHART_STYLE = (
     "text{font:12px sans-serif;fill:#5c6472}.grid{stroke:#e2e5ea}.axis{stroke:#c3c8d0}.curve{fill:none;stroke-width:2}"
     ".main{stroke:#4453d6}.second{stroke:#0b8a72}.faint{stroke:#b9c0ee}.mark{stroke:none}circle.main{fill:#4453d6}"
-    "circle.second{fill:#0b8a72}.shade{stroke:none;opacity:.2}"
+    "circle.second{fill:#0b8a72}.area{stroke:none;fill:#4453d6;opacity:.12}.paper{fill:#fff}"
 )
 
 
@@ -95,7 +95,9 @@ def _bytes(manifest: Manifest) -> int:
 def _svg_uri(svg: str) -> str:
     styled = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="480" ', 1)
     opened = styled.index(">") + 1
-    styled = f"{styled[:opened]}<style>{_CHART_STYLE}</style>{styled[opened:]}"
+    # On paper of its own: the pages around it may be dark, and an <img> does not know.
+    paper = '<rect class="paper" width="100%" height="100%"/>'
+    styled = f"{styled[:opened]}<style>{_CHART_STYLE}</style>{paper}{styled[opened:]}"
     return "data:image/svg+xml;base64," + base64.b64encode(styled.encode()).decode("ascii")
 
 
