@@ -71,7 +71,7 @@ def run(
         # `docker stop` and spot evictions send SIGTERM: the flow's stages get to save what they have.
         signal.signal(signal.SIGTERM, _leave)
         with ConsoleReporter(console) as reporter, shown_on(reporter):
-            place = pipeline_flow(loaded.model_dump(mode="json"), force or [])
+            place = pipeline_flow(loaded, force or [])
         console.print(f"\nReport: [bold]{escape(place)}[/]")
 
 

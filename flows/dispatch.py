@@ -31,7 +31,7 @@ from stages.core.runner import Slice
 from stages.pipeline import Node
 
 T = TypeVar("T")
-POLL_S = 2.0
+POLL_S = 1.0
 # A run that nobody takes for this long is told about once: a pool without a worker looks like a slow start otherwise.
 PATIENCE_S = 120.0
 MOST_ATTEMPTS = 50
@@ -69,12 +69,24 @@ def dispatch(
         TransientError: a run crashed, was cancelled, or failed in a way that another try may mend.
         LoralineError: a run failed for good; the message is that of the stage.
     """
-    runs = [_start(node, fingerprint, config, inputs, deployment, share, force) for share in shares]
-    try:
-        ended = _wait(node, runs, reporter)
-    finally:
-        with _lock:
-            _dispatched.difference_update(runs)
+    ended: list[FlowRun] = []
+    waiting = list(shares)
+    while waiting:
+        started = {share: _start(node, fingerprint, config, inputs, deployment, share, force) for share in waiting}
+        runs = [run for run, _ in started.values()]
+        try:
+            finished = _wait(node, runs, reporter)
+        finally:
+            with _lock:
+                _dispatched.difference_update(runs)
+        # A run of another pipeline, whose machine died or that was cancelled with that pipeline, says nothing of ours.
+        lost = {run_id for run_id, run in finished.items() if _broke_off(run)}
+        waiting = [share for share, (run_id, joined) in started.items() if joined and run_id in lost]
+        again = {started[share][0] for share in waiting}
+        ended += [run for run_id, run in finished.items() if run_id not in again]
+        for run_id in again:
+            text = f"the run {finished[run_id].name} of another pipeline broke off; a run of its own is started"
+            reporter.emit(Message(node.label, "warning", text))
     failures = [_failure(node, run) for run in ended if run.state is not None and not run.state.is_completed()]
     if failures:
         permanent = [error for error in failures if not error.transient]
@@ -114,15 +126,15 @@ def _start(
     deployment: str,
     share: Slice | None,
     force: bool,
-) -> UUID:
-    """Joins the run that makes this artifact in this store, or starts one; its id."""
+) -> tuple[UUID, bool]:
+    """Joins the run that makes this artifact in this store, or starts one; its id, and whether it was joined."""
     store = digest_of(config["store"]["url"])[:8]
     key = f"{fingerprint}:{store}:{share or 'whole'}" + (f":forced-{time.time_ns()}" if force else "")
     keys = [f"{key}:{attempt}" for attempt in range(MOST_ATTEMPTS)]
     known = runs_with(keys)
     alive = [run for run in known if run.state is None or not run.state.is_final()]
     if alive:
-        return alive[0].id
+        return alive[0].id, True
     if len(known) >= MOST_ATTEMPTS:
         raise LoralineError(
             f"{node}: {MOST_ATTEMPTS} runs of this artifact ended badly; look at them before another try"
@@ -155,7 +167,7 @@ def _start(
         raise TransientError(f"{node}: the Prefect server did not take the run ({error})") from error
     with _lock:
         _dispatched.add(run.id)
-    return run.id
+    return run.id, False
 
 
 def runs_with(keys: Sequence[str]) -> list[FlowRun]:
@@ -166,9 +178,9 @@ def runs_with(keys: Sequence[str]) -> list[FlowRun]:
     return list(found)
 
 
-def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> list[FlowRun]:
+def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> dict[UUID, FlowRun]:
     """Waits for all; the runs as they ended."""
-    ended: list[FlowRun] = []
+    ended: dict[UUID, FlowRun] = {}
     waiting, since, told = set(runs), time.monotonic(), False
     with get_client(sync_client=True) as client:
         while waiting:
@@ -178,7 +190,7 @@ def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> list[FlowRun]
                     continue
                 if run.state.is_final():
                     waiting.discard(run_id)
-                    ended.append(run)
+                    ended[run_id] = run
                 elif run.state.type == StateType.SCHEDULED and not told and time.monotonic() - since > PATIENCE_S:
                     told = True
                     pool = run.work_pool_name or "its work pool"
@@ -193,16 +205,20 @@ def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> list[FlowRun]
 
 def _read(call: Callable[[], T]) -> T:
     """One answer of the server; a server that restarts must not fail the stage that is running elsewhere."""
-    for attempt in range(30):
+    for attempt in range(60):
         try:
             return call()
         except ObjectNotFound:
             raise
         except Exception:
-            if attempt == 29:
+            if attempt == 59:
                 raise
             time.sleep(POLL_S)
     raise AssertionError("not reached")
+
+
+def _broke_off(run: FlowRun) -> bool:
+    return run.state is not None and (run.state.is_crashed() or run.state.is_cancelled())
 
 
 def _failure(node: Node, run: FlowRun) -> LoralineError:

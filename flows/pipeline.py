@@ -32,6 +32,8 @@ from stages.pipeline import Node, Pipeline
 from stages.report.build import write_report
 from stages.report.record import Action, RunRecord
 
+# Artifacts by node label.
+Made = dict[str, ArtifactRef]
 RETRY_DELAYS_S = exponential_backoff(backoff_factor=10)
 
 
@@ -51,10 +53,21 @@ def _is_worth_a_retry(task_: Task[Any, Any], run: TaskRun, state: State[Any]) ->
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactRef], force: bool) -> State[ArtifactRef]:
-    """One stage: looked up in the store, and run in a process of its own where it is not there."""
-    pipeline = Pipeline.open(Config.model_validate(config))
+def stage_task(label: str, config: Config, upstream: list[Made], force: bool) -> State[Made]:
+    """One stage: looked up in the store, and run in a process of its own where it is not there.
+
+    Args:
+        label: the stage and its data set.
+        config: the run's configuration, with revisions pinned.
+        upstream: what the nearest stages before this one made, and what that was made from.
+        force: make it again.
+
+    Returns:
+        As the state's data, all of `upstream` and the stage's own artifact.
+    """
+    pipeline = Pipeline.open(config)
     node = pipeline.node(label)
+    made_before = {name: reference for made in upstream for name, reference in made.items()}
     # A second try after a transient failure keeps what the first one finished.
     force = force and task_run.get_run_count() <= 1
     reporter, started_at = reporter_for_run(), time.time()
@@ -64,7 +77,7 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
         _write_record(pipeline, RunRecord(label, action, reason, seconds, manifest, started_at))
 
     try:
-        manifests = {pipeline.node(name): pipeline.store.resolve(found) for name, found in upstream.items()}
+        manifests = {pipeline.node(name): pipeline.store.resolve(found) for name, found in made_before.items()}
         pipeline.foresee(node, manifests)
         job = pipeline.job(node, manifests)
         found = None if force else job.lookup()
@@ -72,10 +85,10 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
             pipeline.remember(node, found)
             reporter.emit(StageReused(label, describe(found)))
             note("reused", "unchanged", found)
-            return Completed(name="Reused", message=f"in the store: {describe(found)}", data=found.reference())
+            text = f"in the store: {describe(found)}"
+            return Completed(name="Reused", message=text, data={**made_before, label: found.reference()})
         reasons = "asked to" if force else "; ".join(pipeline.changes(node, job)) or "was not finished"
-        direct = {source.label for source in pipeline.upstream(node)}
-        given = {name: reference.fingerprint for name, reference in upstream.items() if name in direct}
+        given = {name: reference.fingerprint for name, reference in made_before.items()}
         made = _make(pipeline, node, job, given, reporter, force)
     except LoralineError as error:
         reporter.emit(StageFailed(label, str(error), error.transient))
@@ -89,7 +102,7 @@ def stage_task(label: str, config: dict[str, Any], upstream: dict[str, ArtifactR
     note("ran", reasons, made)
     if node.stage == "train":
         attempted("the training's curves and pictures", lambda: show_training(pipeline, made))
-    return Completed(message=describe(made), data=made.reference())
+    return Completed(message=describe(made), data={**made_before, label: made.reference()})
 
 
 def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], reporter: Reporter, force: bool) -> Manifest:
@@ -113,22 +126,22 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
-def report_task(config: dict[str, Any], error: str | None) -> str:
+def report_task(config: Config, error: str | None) -> str:
     """Writes report.html; says where it is."""
-    pipeline = Pipeline.open(Config.model_validate(config))
+    pipeline = Pipeline.open(config)
     records = _read_records(pipeline)
     place = write_report(pipeline, records, error, run=str(flow_run.get_id()))
     attempted("the table of stages", lambda: show_run(pipeline, records, place))
     return place
 
 
-@flow(name="loraline", flow_run_name="{config[name]}", persist_result=False)
-def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str:
+@flow(name="loraline", flow_run_name="{config.name}", persist_result=False)
+def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
     """Captioned images in, a published LoRA out; redoes only what is not in the store.
 
     Args:
-        config: a configuration as plain values (see `loraline schema`).
-        force: names of stages to make again whatever the store holds.
+        config: the whole run: what a configuration file holds.
+        force: stages to make again whatever the store holds: 'train', or 'latents[photos]' for one data set.
 
     Returns:
         Where the report is.
@@ -136,8 +149,7 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
         LoralineError: names every stage that failed.
     """
     start_over()
-    pipeline = pinned(Pipeline.open(Config.model_validate(config)))
-    config, names = pipeline.config.model_dump(mode="json"), set(force or [])
+    pipeline, names = pinned(Pipeline.open(config)), set(force or [])
     _known(pipeline, names)
     # Everything that will run here is checked before the first of it does: a wrong setting of the last stage is found
     # now. What runs elsewhere is checked there: this machine may have no GPU.
@@ -149,10 +161,10 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
     task_ = stage_task.with_options(retries=pipeline.config.flow.retries)
     try:
         for node in pipeline.order:
-            # Futures become results when the task starts; handing them over is what draws the graph. Everything
-            # upstream, near and far, so that a stage can judge its data before it starts.
-            upstream: dict[str, Any] = {source.label: futures[source] for source in pipeline.ancestors(node)}
-            futures[node] = task_.submit(node.label, config, upstream, bool(names & {node.stage, node.label}))
+            # Futures become results when the task starts; handing them over is what draws the graph. Only the nearest
+            # ones: each brings what it was made from, so that a stage can judge all of its data before it starts.
+            upstream: list[Any] = [futures[source] for source in pipeline.nearest(node)]
+            futures[node] = task_.submit(node.label, pipeline.config, upstream, bool(names & {node.stage, node.label}))
         for future in futures.values():
             future.wait()
     except BaseException:  # cancelled, evicted or interrupted: the stages save what they have
@@ -167,7 +179,7 @@ def pipeline_flow(config: dict[str, Any], force: list[str] | None = None) -> str
     error = "; ".join(str(failure) for failure in failures.values()) or None
     place = "no report: it could not be written, see the log"
     try:
-        place = report_task(config, error)
+        place = report_task(pipeline.config, error)
     except Exception as trouble:  # the stages are what counts: a good run stays good, and a failure keeps its reason
         get_run_logger().error("report.html could not be written: %s: %s", type(trouble).__name__, trouble)
     if failures:

@@ -5,8 +5,6 @@ It starts the stage's command line in a child process, so what runs in the conta
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
@@ -35,7 +33,7 @@ def _run_name() -> str:
 @flow(name="stage", flow_run_name=_run_name, persist_result=False)
 def stage_flow(
     label: str,
-    config: dict[str, Any],
+    config: Config,
     inputs: dict[str, str] | None = None,
     force: bool = False,
     slice: str | None = None,  # noqa: A002 (the parameter's name in the form)
@@ -45,13 +43,13 @@ def stage_flow(
 
     Args:
         label: the stage and its data set, such as 'latents[photos]' or 'train'.
-        config: the whole configuration as plain values (see `loraline schema`).
+        config: the whole run: what a configuration file holds.
         inputs: fingerprints of the artifacts to read, by label; what is not given is looked up in the store.
         force: make everything again.
         slice: 'I/N': only every N-th shard from I on; writes no manifest.
         merge: only put finished slices together.
     """
-    pipeline = Pipeline.open(Config.model_validate(config))
+    pipeline = Pipeline.open(config)
     node = pipeline.node(label)
     reporter = reporter_for_run()
     start_over()

@@ -7,7 +7,6 @@ check that starts nothing says why, in its state.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -36,9 +35,9 @@ MOST_ATTEMPTS = 3
 _ALIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 
 
-@flow(name="watch", flow_run_name="watch {config[name]}", persist_result=False)
+@flow(name="watch", flow_run_name="watch {config.name}", persist_result=False)
 def watch_flow(
-    config: dict[str, Any],
+    config: Config,
     minimum_new_images: int = 1,
     pipeline: str = "loraline/pipeline",
     retrain_from_published: bool = False,
@@ -46,14 +45,14 @@ def watch_flow(
     """Starts the pipeline if a source has changed since the last download, or if an earlier run did not get through.
 
     Args:
-        config: a configuration as plain values (see `loraline schema`).
+        config: the whole run: what a configuration file holds.
         minimum_new_images: with fewer new images than this nothing is started, unless images went or were replaced
             without the data set growing.
         pipeline: the pipeline's deployment, as 'flow/deployment'.
         retrain_from_published: measure the new adapter against the one published last (`train.previous`), so that
             `publish.maximum_regression` can refuse it and `train.warm_start` can start from it.
     """
-    opened = pinned(Pipeline.open(Config.model_validate(config)))
+    opened = pinned(Pipeline.open(config))
     name = opened.config.name
     changes, new_images, other_change = _changes(opened)
     unfinished = not changes and not _is_published(opened)

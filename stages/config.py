@@ -28,6 +28,7 @@ class DatasetSection(Section):
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,47}$")
     """Short unique name: lower-case letters, digits, '-' and '_'."""
     source: Source
+    """A folder, or a data set repository on the Hub."""
     caption_strategy: Literal["filename", "textfile"] = "textfile"
     """'textfile': a .txt beside the image with the same name; 'filename': the name itself, '_' read as a space."""
     repeats: int = Field(default=0, ge=0)
@@ -76,16 +77,27 @@ class Config(Section):
     seed: int = Field(default=0, ge=0)
     """Everything random in a run follows from this number."""
     store: StoreSection = StoreSection()
+    """Where artifacts are kept: any fsspec location, on an object store for stages on several machines."""
     model: ModelSection
+    """The base model."""
     datasets: list[DatasetSection] = Field(min_length=1)
+    """What to learn from."""
     download: DownloadSection = DownloadSection()
+    """Copying originals into raw shards."""
     bucket: BucketSection = BucketSection()
+    """Scaling and cropping."""
     latents: LatentsSection = LatentsSection()
+    """Encoding pictures."""
     embeds: EmbedsSection = EmbedsSection()
+    """Encoding captions."""
     train: TrainSection = TrainSection()
+    """Training the adapter."""
     validation: ValidationSection = ValidationSection()
+    """Pictures drawn along the way."""
     publish: PublishSection
+    """Where the adapter goes."""
     flow: FlowSection = FlowSection()
+    """How the stages are run."""
 
     @model_validator(mode="after")
     def _datasets_agree(self) -> Config:

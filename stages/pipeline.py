@@ -140,6 +140,12 @@ class Pipeline:
                 reached.update(self.upstream(other))
         return [other for other in self.order if other in reached]
 
+    def nearest(self, node: Node) -> list[Node]:
+        """The nodes upstream that are not upstream of one another as well: all others are reached through these."""
+        sources = self.ancestors(node)
+        farther = {far for source in sources for far in self.ancestors(source)}
+        return [source for source in sources if source not in farther]
+
     def downstream(self, node: Node) -> list[Node]:
         """Every node that depends on this one, near or far."""
         reached = {node}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from stages.core.config import Section
 
@@ -63,8 +63,15 @@ class BucketSection(Section):
         return self
 
 
+def _described_as_there(schema: dict[str, Any]) -> None:
+    for name, field in schema["properties"].items():
+        field["description"] = BucketSection.model_fields[name].description
+
+
 class BucketOverrides(Section):
     """Fields of the `bucket` section that a data set may set for itself; what is not given is taken from there."""
+
+    model_config = ConfigDict(json_schema_extra=_described_as_there)
 
     resolution: float | None = Field(default=None, gt=0)
     resolution_type: Literal["area", "pixel", "pixel_area"] | None = None

@@ -13,6 +13,7 @@ class LocalSource(Section):
     """A folder on this machine, searched recursively."""
 
     type: Literal["local"] = "local"
+    """A folder."""
     path: str
     """The folder; relative paths are relative to where loraline is started."""
 
@@ -21,6 +22,7 @@ class HubSource(Section):
     """A data set repository on the Hugging Face Hub: image files with captions. Private ones need HF_TOKEN."""
 
     type: Literal["hub"]
+    """A repository on the Hub."""
     repo: str = Field(pattern=r"^[\w.\-]+/[\w.\-]+$")
     """'owner/name'."""
     revision: str = "main"

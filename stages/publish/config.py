@@ -13,9 +13,11 @@ class PublishSection(Section):
     """Publishing. The Hub needs HF_TOKEN with write access in the environment."""
 
     target: Literal["hub", "folder"] = "folder"
+    """'hub': a repository on the Hugging Face Hub (`repo`); 'folder': a folder (`path`)."""
     repo: str | None = Field(default=None, pattern=r"^[\w.\-]+/[\w.\-]+$")
     """Hub model repository, 'owner/name'; created if it is not there."""
     branch: str = "main"
+    """Branch that the adapter is committed to; made if it is not there."""
     private: bool = True
     """Whether a repository that is created here is private."""
     path: str | None = None
