@@ -37,7 +37,7 @@ def run(config: Config, force: list[str] | None = None) -> tuple[str, Recorder]:
 
     recorder = Recorder()
     with shown_on(recorder):
-        place = pipeline_flow(config.model_dump(mode="json"), force or [])
+        place = pipeline_flow(config, force or [])
     return place, recorder
 
 

@@ -40,6 +40,6 @@ def test_a_retraining_follows_what_was_published_last(
         pointer = Published(publish="a" * 64, train=TRAINED)
         pipeline.store.put_json("runs/small/published.json", pointer.model_dump())
     draw_pictures(tmp_path / "images", 2, start=4)
-    watch.watch_flow.fn(config.model_dump(mode="json"), retrain_from_published=asked)
+    watch.watch_flow.fn(config, retrain_from_published=asked)
     assert [values["train"]["previous"] for values in started] == [previous]
     assert started[0]["train"]["warm_start"] is True, "it stays as it was configured"

@@ -40,31 +40,14 @@ class PrefectServer:
         }
 
     @contextmanager
-    def worker(self, pool: str, environment: Mapping[str, str], limit: int = 4) -> Iterator[subprocess.Popen[bytes]]:
-        """A process worker of a pool (made if it is not there), in a process group of its own."""
+    def worker(self, pool: str, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+        """A process worker of a pool that is there, in a process group of its own."""
         env = {**os.environ, **self.environment(), **environment}
-        prefect = [sys.executable, "-m", "prefect"]
-        made = subprocess.run(
-            [*prefect, "work-pool", "create", pool, "--type", "process", "--overwrite"],
-            env=env,
-            cwd=ROOT,
-            capture_output=True,
-            check=False,
-        )
-        assert made.returncode == 0, made.stderr.decode() + made.stdout.decode()
         log = (self.home / f"worker-{pool}-{len(self.processes)}.log").open("wb")
+        # Without --limit: a worker with one dies of a run that is retried while its process is still leaving.
+        name = f"{pool}-{len(self.processes)}"
         worker = subprocess.Popen(
-            [
-                *prefect,
-                "worker",
-                "start",
-                "--pool",
-                pool,
-                "--limit",
-                str(limit),
-                "--name",
-                f"{pool}-{len(self.processes)}",
-            ],
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name],
             env=env,
             cwd=ROOT,
             stdout=log,

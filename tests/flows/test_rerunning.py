@@ -1,0 +1,100 @@
+"""Only what failed is done again: a real Prefect server, real workers, a real S3 server, a process for every stage.
+
+Nothing is shared between the stages but the bucket: each run gets its configuration as parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from stages.pipeline import Node, Pipeline
+from tests.flows.site import Site, apply, kill_stage, until
+from tests.servers.prefect import prefect_server
+
+pytestmark = [pytest.mark.slow, pytest.mark.kill, pytest.mark.deployments]
+ALL = ["download[blots]", "bucket[blots]", "latents[blots]", "embeds", "train", "publish"]
+
+
+def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(site: Site, tmp_path: Path) -> None:
+    config = site.config(latents={"batch_size": 1, "workers": 2})
+    blocked = tmp_path / "published"
+    blocked.write_text("a file where publish wants a folder")
+    seen: set[str] = set()
+
+    def new() -> list[str]:
+        runs = site.stage_runs(config)
+        fresh = sorted(name for run_id, name in runs.items() if run_id not in seen)
+        seen.update(runs)
+        return fresh
+
+    with site.workers() as workers:
+        run = site.start(config)
+        kill_stage(workers, "train")
+        state = site.wait(run)
+        assert state["type"] == "FAILED"
+        assert "train" in state["message"], state
+        assert "SIGKILL" in state["message"], state
+        assert new() == [
+            "bucket[blots]",
+            "download[blots]",
+            "embeds",
+            "latents[blots] 0/2",
+            "latents[blots] 1/2",
+            "train",
+        ]
+
+        site.prefect("flow-run", "retry", run)
+        state = site.wait(run)
+        assert state["type"] == "FAILED"
+        assert str(blocked) in state["message"]
+        assert new() == ["publish", "train"]
+
+        blocked.unlink()
+        site.retry_as_the_page_does(run)
+        assert site.wait(run)["type"] == "COMPLETED"
+        assert new() == ["publish"]
+        assert set(site.made(config)) == set(ALL)
+
+        assert site.wait(site.start(config))["type"] == "COMPLETED"
+        assert new() == []
+
+    # Prefect's own database is lost, and the machine is another one: the store is the truth.
+    with prefect_server(tmp_path / "another") as server:
+        apply(server)
+        elsewhere = Site(server, site.s3, tmp_path)
+        with elsewhere.workers():
+            assert elsewhere.wait(elsewhere.start(config))["type"] == "COMPLETED"
+        assert elsewhere.stage_runs(config) == {}
+
+
+def test_a_machine_that_dies_in_the_middle_of_latents(site: Site) -> None:
+    config = site.config(pictures=60)
+    with site.workers() as workers:
+        site.start(config)
+        until("two shards of latents", lambda: len(site.memos()) >= 2, every_s=0.2)
+        for worker in workers:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+    kept = site.memos()
+    assert Pipeline.open(config).last(Node("latents", "blots")) is None
+    # Other workers, and the same parameters again: the server still believes that the first runs are alive.
+    with site.workers():
+        state = site.wait(site.start(config))
+        assert state["type"] == "COMPLETED", state
+    times = site.memos()
+    assert {name: times[name] for name in kept} == kept, "a finished shard was encoded again"
+    assert set(site.made(config)) == set(ALL)
+    names = [name for name in site.stage_runs(config).values() if name in ("download[blots]", "bucket[blots]")]
+    assert sorted(names) == ["bucket[blots]", "download[blots]"]
+
+
+def test_two_pipelines_at_once_share_their_stage_runs(site: Site) -> None:
+    config = site.config()
+    with site.workers():
+        first, second = site.start(config), site.start(config)
+        assert [site.wait(run)["type"] for run in (first, second)] == ["COMPLETED", "COMPLETED"]
+    assert sorted(site.stage_runs(config).values()) == sorted(ALL), "a stage ran twice"

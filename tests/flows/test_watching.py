@@ -1,0 +1,66 @@
+"""The sensor and cancellation: a real Prefect server, real workers, a real S3 server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stages.config import Config
+from stages.pipeline import Node, Pipeline
+from tests.flows.site import FINAL, Site, until
+from tests.pictures import draw_pictures
+
+pytestmark = [pytest.mark.slow, pytest.mark.kill, pytest.mark.deployments]
+
+
+def test_the_sensor_starts_a_run_only_when_something_is_new(site: Site) -> None:
+    config = site.config(flow={"executor": "inline", "retries": 0})
+
+    def check(**parameters: Any) -> tuple[str, str]:
+        state = site.wait(site.start(config, "watch/watch", **parameters))
+        return state["name"], state["message"]
+
+    with site.workers():
+        assert check()[0] == "Started"
+        busy, why = check()
+        assert (busy, "is under way" in why) == ("Skipped", True), why
+        first = _pipelines(site, config)
+        assert [site.wait(run)["type"] for run in first] == ["COMPLETED"]
+
+        unchanged, why = check()
+        assert (unchanged, "nothing has changed" in why) == ("Skipped", True), why
+
+        draw_pictures(site.folder / "images", 2, start=100)
+        few, why = check(minimum_new_images=5)
+        assert (few, "fewer than 5" in why) == ("Skipped", True), why
+        assert check(minimum_new_images=2, retrain_from_published=True)[0] == "Started"
+        second = [run for run in _pipelines(site, config) if run not in first]
+        assert [site.wait(run)["type"] for run in second] == ["COMPLETED"]
+    parameters = site.run(second[0])["parameters"]["config"]
+    published = Pipeline.open(config).store.get_json(f"runs/{config.name}/published.json")
+    assert parameters["train"]["previous"] not in (None, published["train"]), "measured against the one before"
+
+
+def _pipelines(site: Site, config: Config) -> list[str]:
+    deployment = site.call("GET", "/deployments/name/loraline/pipeline")["id"]
+    return [run["id"] for run in site.runs(config) if run["deployment_id"] == deployment]
+
+
+def test_cancelling_the_pipeline_cancels_its_stage_runs(site: Site) -> None:
+    config = site.config(pictures=60)
+    with site.workers():
+        run = site.start(config)
+        until("a shard of latents", lambda: site.memos(), every_s=0.2)
+        site.prefect("flow-run", "cancel", run)
+        assert site.wait(run)["type"] == "CANCELLED"
+        stages = until("the end of every stage's run", lambda: _ended(site, config), deadline_s=90)
+    assert stages["download[blots]"] == stages["bucket[blots]"] == "COMPLETED"
+    assert stages["latents[blots]"] == "CANCELLED", stages
+    assert "train" not in stages
+    assert Pipeline.open(config).last(Node("train")) is None
+
+
+def _ended(site: Site, config: Config) -> dict[str, str] | None:
+    states = {run["name"]: run["state_type"] for run in site.runs(config) if "label" in run["parameters"]}
+    return states if all(state in FINAL for state in states.values()) else None
