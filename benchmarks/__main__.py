@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("decode", "download", "bucket", "latents", "embeds", "train", "pipeline")
+NAMES = ("decode", "download", "bucket", "latents", "embeds", "train", "pipeline", "deployment")
 
 
 def main() -> int:

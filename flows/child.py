@@ -51,6 +51,7 @@ def run_stage(
     force: bool = False,
     share: Slice | None = None,
     merge: bool = False,
+    check: bool = False,
 ) -> str:
     """Runs one node as `loraline stage` in a child process and passes its events on.
 
@@ -62,9 +63,10 @@ def run_stage(
         force: make everything again.
         share: for a map stage, only this share of its units.
         merge: for a map stage, only put finished shares together.
+        check: only look whether it could run.
 
     Returns:
-        The fingerprint of the artifact that it made (or found); empty after a share.
+        The fingerprint of the artifact that it made (or found); empty after a share or a check.
     Raises:
         LoralineError: of the kind that the child's exit code names, with its message.
     """
@@ -84,6 +86,8 @@ def run_stage(
             command += ["--slice", str(share)]
         if merge:
             command.append("--merge")
+        if check:
+            command.append("--check")
         # The file is the whole truth: overrides from the environment are in it already.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LORALINE__")}
         environment[DIE_WITH_PARENT] = "1"
@@ -119,7 +123,7 @@ def run_stage(
             listener.join(timeout=5)
     if code != 0:
         raise _error(node, code, failure, list(tail))
-    if not fingerprint and share is None:
+    if not fingerprint and share is None and not check:
         raise LoralineError(f"{node}: ended without saying what it made")
     return fingerprint
 

@@ -96,6 +96,23 @@ def dispatch(
     return found.group(1) if found else None
 
 
+def check_there(node: Node, config: dict[str, Any], reporter: Reporter, deployment: str) -> None:
+    """Has a stage look, where it will run, whether it could.
+
+    Raises:
+        LoralineError: what is wrong, as `dispatch` raises it.
+    """
+    parameters = {"label": node.label, "config": config, "check": True}
+    run = _create(node, deployment, parameters, None, f"check {node.label}")
+    try:
+        ended = _wait(node, [run], reporter)[run]
+    finally:
+        with _lock:
+            _dispatched.discard(run)
+    if ended.state is None or not ended.state.is_completed():
+        raise _failure(node, ended)
+
+
 def cancel_all() -> None:
     """Cancels every run that this process started: cancelling a parent does not reach them by itself. Runs of others
     that were only joined go on."""
@@ -148,14 +165,21 @@ def _start(
         "force": force,
         "slice": str(share) if share else None,
     }
+    # Another pipeline that asks at this very moment gets the same run for the same key.
+    chosen = next(one for one in keys if one not in taken)
+    name = f"{node.label} {share}" if share else node.label
+    return _create(node, deployment, parameters, chosen, name), False
+
+
+def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | None, name: str) -> UUID:
+    """Starts a run of a stage's deployment, or finds the one with that key; its id."""
     try:
         run: FlowRun = run_deployment(  # type: ignore[assignment]
             deployment,
             parameters=parameters,
-            # Another pipeline that asks at this very moment gets the same run for the same key.
-            idempotency_key=next(one for one in keys if one not in taken),
-            flow_run_name=f"{node.label} {share}" if share else node.label,
-            tags=[f"config:{config['name']}", f"stage:{node.stage}"],
+            idempotency_key=key,
+            flow_run_name=name,
+            tags=[f"config:{parameters['config']['name']}", f"stage:{node.stage}"],
             timeout=0,
         )
     except ObjectNotFound:
@@ -167,7 +191,7 @@ def _start(
         raise TransientError(f"{node}: the Prefect server did not take the run ({error})") from error
     with _lock:
         _dispatched.add(run.id)
-    return run.id, False
+    return run.id
 
 
 def runs_with(keys: Sequence[str]) -> list[FlowRun]:

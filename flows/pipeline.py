@@ -7,10 +7,13 @@ the small reference of an artifact, and a run that failed is simply run again.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
@@ -20,7 +23,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows.artifacts import attempted, show_run, show_training
 from flows.child import ask_all, is_leaving, run_stage, start_over, stop_all
-from flows.dispatch import cancel_all, dispatch, was_cancelled
+from flows.dispatch import cancel_all, check_there, dispatch, was_cancelled
 from flows.pinning import pinned
 from flows.reporting import reporter_for_run
 from stages.config import Config
@@ -125,6 +128,28 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
     return made
 
 
+@task(
+    task_run_name="check {label}",
+    retry_delay_seconds=RETRY_DELAYS_S,
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_is_worth_a_retry,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def check_task(label: str, config: Config) -> Made:
+    """Has a stage that comes last look, where it will run, whether it could: before a GPU works for it in vain."""
+    pipeline, reporter, started_at = Pipeline.open(config), reporter_for_run(), time.time()
+    node = pipeline.node(label)
+    try:
+        name = config.flow.deployment.format(stage=node.stage)
+        check_there(node, config.model_dump(mode="json"), reporter, name)
+    except LoralineError as error:
+        reporter.emit(StageFailed(label, str(error), error.transient))
+        _write_record(pipeline, RunRecord(label, "failed", str(error), time.time() - started_at, None, started_at))
+        raise
+    return {}
+
+
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def report_task(config: Config, error: str | None) -> str:
     """Writes report.html; says where it is."""
@@ -152,20 +177,30 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
     pipeline, names = pinned(Pipeline.open(config)), set(force or [])
     _known(pipeline, names)
     # Everything that will run here is checked before the first of it does: a wrong setting of the last stage is found
-    # now. What runs elsewhere is checked there: this machine may have no GPU.
+    # now. What runs elsewhere is checked there, since this machine may have no GPU and other credentials.
     steps = pipeline.plan()
     pipeline.judge(steps)
-    planned = [step.node for step in steps if step.action == "run"]
+    planned = [step.node for step in steps if step.action == "run" or names & {step.node.stage, step.node.label}]
+    attempted("what this run does, in its name", lambda: _name_run(pipeline, planned))
     pipeline.check([node for node in planned if pipeline.config.flow.executor_of(node.stage) == "inline"])
     futures: dict[Node, PrefectFuture[Any]] = {}
-    task_ = stage_task.with_options(retries=pipeline.config.flow.retries)
+    retries = pipeline.config.flow.retries
+    task_, check = stage_task.with_options(retries=retries), check_task.with_options(retries=retries)
+    checked: dict[Node, list[Node]] = {}
+    for node in planned:
+        for gate in _gates(pipeline, node, planned):
+            checked.setdefault(gate, []).append(node)
+    checks: dict[Node, PrefectFuture[Any]] = {}
     try:
+        for node in dict.fromkeys(node for nodes in checked.values() for node in nodes):
+            checks[node] = check.submit(node.label, pipeline.config)
         for node in pipeline.order:
             # Futures become results when the task starts; handing them over is what draws the graph. Only the nearest
             # ones: each brings what it was made from, so that a stage can judge all of its data before it starts.
             upstream: list[Any] = [futures[source] for source in pipeline.nearest(node)]
+            upstream += [checks[later] for later in checked.get(node, [])]
             futures[node] = task_.submit(node.label, pipeline.config, upstream, bool(names & {node.stage, node.label}))
-        for future in futures.values():
+        for future in [*checks.values(), *futures.values()]:
             future.wait()
     except BaseException:  # cancelled, evicted or interrupted: the stages save what they have
         ask_all()
@@ -175,7 +210,8 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
         finally:
             stop_all()
         raise
-    failures = {node: _error(future.state) for node, future in futures.items() if _went_wrong(future.state)}
+    ended = [*checks.items(), *futures.items()]
+    failures = {node: _error(future.state) for node, future in ended if _went_wrong(future.state)}
     error = "; ".join(str(failure) for failure in failures.values()) or None
     place = "no report: it could not be written, see the log"
     try:
@@ -188,6 +224,25 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
         names_ = ", ".join(node.label for node in failures)
         raise type(worst)(f"{len(failures)} of {len(futures)} stages failed ({names_}). {error}\nReport: {place}")
     return place
+
+
+def _gates(pipeline: Pipeline, node: Node, planned: Sequence[Node]) -> list[Node]:
+    """The first stages on a GPU that work for a node which runs on another machine without one: publish, say."""
+    elsewhere = pipeline.config.flow.executor_of(node.stage) == "deployment"
+    if not elsewhere or pipeline.stage(node.stage).hardware == "gpu":
+        return []
+    heavy = [source for source in pipeline.ancestors(node) if pipeline.stage(source.stage).hardware == "gpu"]
+    if not set(heavy) & set(planned):
+        return []
+    return [source for source in heavy if not set(pipeline.ancestors(source)) & set(heavy)]
+
+
+def _name_run(pipeline: Pipeline, planned: Sequence[Node]) -> None:
+    """A list of runs says what each of them is for: 'photos: train, publish'."""
+    stages = list(dict.fromkeys(node.stage for node in planned))
+    what = "everything" if len(stages) == len(pipeline.stages) else ", ".join(stages) or "nothing to do"
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(str(flow_run.get_id())), name=f"{pipeline.config.name}: {what}")
 
 
 def _known(pipeline: Pipeline, names: set[str]) -> None:

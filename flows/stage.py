@@ -25,8 +25,10 @@ ARTIFACT = "artifact"
 
 
 def _run_name() -> str:
-    """'latents[photos]', and the slice where it is one of several runs of a stage."""
+    """'latents[photos]', and the slice where it is one of several runs of a stage; 'check publish'."""
     parameters = flow_run.get_parameters()
+    if parameters.get("check"):
+        return f"check {parameters['label']}"
     return " ".join(str(parameters[name]) for name in ("label", "slice") if parameters.get(name))
 
 
@@ -38,6 +40,7 @@ def stage_flow(
     force: bool = False,
     slice: str | None = None,  # noqa: A002 (the parameter's name in the form)
     merge: bool = False,
+    check: bool = False,
 ) -> State[str]:
     """Runs one stage for one data set, unless its artifact is in the store.
 
@@ -48,6 +51,7 @@ def stage_flow(
         force: make everything again.
         slice: 'I/N': only every N-th shard from I on; writes no manifest.
         merge: only put finished slices together.
+        check: only look whether the stage could run here: its settings, credentials, models.
     """
     pipeline = Pipeline.open(config)
     node = pipeline.node(label)
@@ -55,7 +59,7 @@ def stage_flow(
     start_over()
     try:
         share = Slice.parse(slice) if slice else None
-        fingerprint = run_stage(node, pipeline.config, inputs or {}, reporter, force, share, merge)
+        fingerprint = run_stage(node, pipeline.config, inputs or {}, reporter, force, share, merge, check)
     except LoralineError as error:
         reporter.emit(StageFailed(label, str(error), error.transient))
         return Failed(name=TRANSIENT if error.transient else None, message=str(error))
@@ -64,5 +68,6 @@ def stage_flow(
         raise
     made = pipeline.store.manifest(node.stage, fingerprint) if fingerprint else None
     # Results are not kept by Prefect: whoever dispatched this run reads the fingerprint out of the message.
-    text = f"{describe(made)} ({ARTIFACT} {fingerprint})" if made else f"slice {slice} done"
+    done = f"slice {slice} done" if slice else "its settings are in order"
+    text = f"{describe(made)} ({ARTIFACT} {fingerprint})" if made else done
     return Completed(message=text, data=fingerprint)

@@ -24,7 +24,7 @@ from rich.table import Table
 from stages.config import Config, load_config
 from stages.core.console import ConsoleReporter
 from stages.core.errors import ConfigError, LoralineError
-from stages.core.events import JsonLines, Reporter, StageFailed
+from stages.core.events import JsonLines, Message, Reporter, StageFailed
 from stages.core.preemption import die_with_parent, stop_on_signals
 from stages.core.runner import Slice
 from stages.core.stage import MapStage
@@ -113,6 +113,9 @@ def stage(
         list[str] | None,
         typer.Option("--input", metavar="STAGE=FINGERPRINT", help="Read exactly this artifact; may be repeated."),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only look whether it could run: settings, credentials, models.")
+    ] = False,
     events: EventsOption = Events.console,
 ) -> None:
     """Runs one stage alone, from what is in the store. This is what a container runs."""
@@ -130,6 +133,10 @@ def stage(
             )
         for node in nodes:
             with failure_told(node, reporter):
+                if check:
+                    pipeline.check([node])
+                    reporter.emit(Message(node.label, "info", f"{node}: its settings are in order"))
+                    continue
                 manifests = pipeline.find_inputs(node, inputs)
                 pipeline.run_node(node, manifests, reporter, share, merge, force, stop)
 

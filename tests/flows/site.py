@@ -143,7 +143,8 @@ def kill_stage(workers: list[subprocess.Popen[bytes]], stage: str) -> None:
             for process in psutil.Process(worker.pid).children(recursive=True):
                 try:
                     words = process.cmdline()
-                    if "stages.cli" in words and words[words.index("stages.cli") + 1 :][:2] == ["stage", stage]:
+                    begun = "stages.cli" in words and words[words.index("stages.cli") + 1 :][:2] == ["stage", stage]
+                    if begun and "--check" not in words:
                         process.send_signal(signal.SIGKILL)
                         return True
                 except psutil.Error:  # it ended meanwhile

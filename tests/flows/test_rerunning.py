@@ -21,8 +21,6 @@ ALL = ["download[blots]", "bucket[blots]", "latents[blots]", "embeds", "train", 
 
 def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(site: Site, tmp_path: Path) -> None:
     config = site.config(latents={"batch_size": 1, "workers": 2})
-    blocked = tmp_path / "published"
-    blocked.write_text("a file where publish wants a folder")
     seen: set[str] = set()
 
     def new() -> list[str]:
@@ -40,6 +38,7 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         assert "SIGKILL" in state["message"], state
         assert new() == [
             "bucket[blots]",
+            "check publish",
             "download[blots]",
             "embeds",
             "latents[blots] 0/2",
@@ -48,12 +47,12 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         ]
 
         site.prefect("flow-run", "retry", run)
+        kill_stage(workers, "publish")
         state = site.wait(run)
         assert state["type"] == "FAILED"
-        assert str(blocked) in state["message"]
-        assert new() == ["publish", "train"]
+        assert "publish" in state["message"], state
+        assert new() == ["check publish", "publish", "train"]
 
-        blocked.unlink()
         site.retry_as_the_page_does(run)
         assert site.wait(run)["type"] == "COMPLETED"
         assert new() == ["publish"]
@@ -97,4 +96,15 @@ def test_two_pipelines_at_once_share_their_stage_runs(site: Site) -> None:
     with site.workers():
         first, second = site.start(config), site.start(config)
         assert [site.wait(run)["type"] for run in (first, second)] == ["COMPLETED", "COMPLETED"]
-    assert sorted(site.stage_runs(config).values()) == sorted(ALL), "a stage ran twice"
+    names = [name for name in site.stage_runs(config).values() if not name.startswith("check")]
+    assert sorted(names) == sorted(ALL), "a stage ran twice"
+
+
+def test_what_the_last_stage_would_refuse_is_found_before_a_gpu_works_for_it(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "published").write_text("a file where publish wants a folder")
+    config = site.config()
+    with site.workers():
+        state = site.wait(site.start(config))
+    assert state["type"] == "FAILED"
+    assert f"publish.path: {tmp_path / 'published'} is a file" in state["message"], state
+    assert sorted(site.stage_runs(config).values()) == ["bucket[blots]", "check publish", "download[blots]"]
