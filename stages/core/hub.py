@@ -1,7 +1,8 @@
 """What the rooms that talk to the Hugging Face Hub share: its address, trying again, what an error means, whole files.
 
-Which field of the configuration an answer concerns is the rooms' knowledge: they put every `Trouble` into words. The
-client is imported late, like all heavy libraries: `--help` stays fast.
+Which field of the configuration an answer concerns is the rooms' knowledge: a room that reads says it with a `Remote`,
+the one that writes puts every `Trouble` into words of its own. The client is imported late, like all heavy libraries:
+`--help` stays fast.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from stages.core.errors import LoralineError
+from stages.core.errors import ConfigError, LoralineError, TransientError
 from stages.core.fingerprint import CHUNK_BYTES, digest_file
 
 if TYPE_CHECKING:
@@ -65,6 +67,13 @@ def page(path: str) -> str:
     from huggingface_hub import constants
 
     return f"{(endpoint() or constants.ENDPOINT).rstrip('/')}/{path}"
+
+
+def _login() -> str | None:
+    """What the client shows to the Hub, in words; None where it shows nothing."""
+    from huggingface_hub import get_token
+
+    return "HF_TOKEN" if read_token() else "the saved login" if get_token() else None
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -131,8 +140,9 @@ def trouble(error: BaseException) -> Trouble | None:
         RevisionNotFoundError,
     )
 
-    if isinstance(error, LocalEntryNotFoundError):  # how the client wraps whatever kept it from the server
-        return trouble(error.__cause__) if error.__cause__ is not None else None
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = _unwrapped(error)
+        return trouble(cause) if cause is not error else None
     # In this order: a gated repository's error is a subclass of the missing one's, and both carry a status.
     kinds: tuple[tuple[type[Exception], Trouble], ...] = (
         (OfflineModeIsEnabled, "offline"),
@@ -150,9 +160,114 @@ def trouble(error: BaseException) -> Trouble | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its kind where it has none."""
+    """The first line of an error's text, with the next where it announces it; its kind where it has no text."""
+    error = _unwrapped(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What kept the client from the server, where it only says that a file is not in its cache."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None else error
+
+
+# -- reading a repository ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository that is read, in the words of the person who named it: every error says which field it concerns.
+
+    Args:
+        thing: what it is called in messages: 'the Hub data set owner/name'.
+        repo: 'owner/name'.
+        path: of its page: that of a data set begins with 'datasets/'.
+        field: the configuration's field that names it.
+        revision_field, revision: the same of the branch, tag or commit that is asked for.
+        absent: what is not there if it is not there: 'Hub data set owner/name'.
+    """
+
+    thing: str
+    repo: str
+    path: str
+    field: str
+    revision_field: str
+    revision: str | None
+    absent: str
+
+    def ask(self, what: str, call: Callable[[], T]) -> T:
+        """Runs a call of the client until it works, or is known not to.
+
+        Args:
+            what: what the call does, for messages: 'look up'.
+
+        Raises:
+            ConfigError: no such repository or revision, no right to read it, or an answer that no retry can change.
+            TransientError: the Hub did not answer.
+        """
+        return ask(call, lambda error: self._told(what, error))
+
+    def whole(
+        self, name: str, identity: str, download: Callable[[], str], sha256: Callable[[Path], str] = digest_file
+    ) -> Path:
+        """Downloads a file and makes sure of every byte: the client takes wrong ones of the right number.
+
+        Args:
+            name: the file's path in the repository.
+            identity: what the Hub calls its bytes (see `identity`).
+            download: the call of the client; returns the local path.
+            sha256: how a local file's sha256 is found, where that is remembered.
+
+        Raises:
+            ConfigError: as `ask`.
+            TransientError: the Hub did not answer, or sent wrong bytes twice.
+        """
+        for _ in range(2):
+            local = Path(self.ask(f"download {name} of", download))
+            if is_whole(local, identity, sha256):
+                return local
+            # The client keeps it under the name of the right bytes, and would hand it out again for ever.
+            local.resolve().unlink(missing_ok=True)
+            local.unlink(missing_ok=True)
+        raise TransientError(
+            f"{self.field}: {name} of {self.thing}: the bytes that arrive do not match the digest that the Hub states "
+            f"(twice). Run again later, or look at the proxy or mirror in between."
+        )
+
+    def _told(self, what: str, error: Exception) -> LoralineError:
+        """What an answer of the Hub means for the person."""
+        field, repo, line, site, login = self.field, self.repo, first_line(error), page(self.path), _login()
+        match trouble(error):
+            case "offline":
+                return ConfigError(f"{field}: HF_HUB_OFFLINE is set, so {repo} cannot be read from the Hub; unset it")
+            case "gated":
+                return ConfigError(
+                    f"{field}: {repo} is gated: accept its terms at {site} with your account, then set HF_TOKEN to a "
+                    f"token of that account with read access."
+                )
+            case "no repository":
+                hint = f"{login} may not read it, if it is private" if login else "a private one needs HF_TOKEN"
+                return ConfigError(
+                    f"{field}: there is no {self.absent} that may be read at {site}. Check the name; {hint}."
+                )
+            case "no revision":
+                return ConfigError(f"{self.revision_field}: {repo} has no revision {self.revision!r}; see {site}")
+            case "bad name":
+                return ConfigError(f"{field}: there is no {self.absent}: {line}")
+            case "bad token" if login:
+                return ConfigError(f"{field}: the Hub does not accept {login} ({line}); make a new token")
+            case "forbidden" if login:
+                return ConfigError(f"{field}: {login} may not read {repo} ({line})")
+            case "bad token" | "forbidden":
+                return ConfigError(f"{field}: {repo} may not be read without HF_TOKEN ({line})")
+        text = f"{field}: cannot {what} {self.thing} at {site}: {line}"
+        if is_transient(error):
+            return TransientError(f"{text} (after {ATTEMPTS} attempts)")
+        return ConfigError(text)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

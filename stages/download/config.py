@@ -21,7 +21,7 @@ class LocalSource(Section):
 class HubSource(Section):
     """A data set repository on the Hugging Face Hub: image files with captions. Private ones need HF_TOKEN."""
 
-    type: Literal["hub"]
+    type: Literal["hub"] = "hub"
     """A repository on the Hub."""
     repo: str = Field(pattern=r"^[\w.\-]+/[\w.\-]+$")
     """'owner/name'."""

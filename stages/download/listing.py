@@ -19,6 +19,8 @@ from stages.download.captions import MAXIMUM_BYTES, Caption, Strategy, from_file
 from stages.download.images import SUFFIXES
 
 KEY_STEM_LETTERS = 48
+NO_CAPTION = "no caption"
+"""How the reason of an image without a caption file begins."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Source(Protocol):
     @property
     def where(self) -> str:
         """For messages: 'the folder data/photos', 'the Hub data set o/n at 1234abcd'."""
+        ...
+
+    @property
+    def field(self) -> str:
+        """For messages: the configuration's field that says where to look, 'datasets.photos.source.path'."""
         ...
 
     @property
@@ -133,7 +140,8 @@ def list_source(source: Source, strategy: Strategy) -> Listing:
     images = [file for file in files if is_image(file.path)]
     if not images:
         raise InputError(
-            f"{source.where} holds no image: files are images when they are named {', '.join(sorted(SUFFIXES))}"
+            f"{source.field}: {source.where} holds no image: files are images when they are named "
+            f"{', '.join(sorted(SUFFIXES))}"
         )
     captions = _captions(source, files, images, strategy)
     samples: dict[str, Sample] = {}
@@ -170,6 +178,6 @@ def _captions(source: Source, files: list[SourceFile], images: list[SourceFile],
     for text, data in zip(readable, source.read_texts(readable), strict=True):
         known[text.path] = from_text(data)
     return [
-        known[text.path] if text is not None else Caption(refused=f"no caption: {text_path(image.path)} is not there")
+        known[text.path] if text is not None else Caption(refused=f"{NO_CAPTION}: {text_path(image.path)} is not there")
         for image, text in zip(images, found, strict=True)
     ]

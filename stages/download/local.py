@@ -18,7 +18,7 @@ class LocalFolder:
 
     Args:
         section: where it is.
-        field: the configuration's name of it, for messages.
+        field: the configuration's name of the source, for messages.
         strategy: whether caption files are wanted.
         digests: remembered digests, so that unchanged files are not read to list them.
     """
@@ -28,7 +28,7 @@ class LocalFolder:
     def __init__(self, section: LocalSource, field: str, strategy: Strategy, digests: StatCache | None) -> None:
         self.folder = Path(section.path).expanduser()
         self.where = f"the folder {section.path}"
-        self._field = field
+        self.field = f"{field}.path"
         self._strategy = strategy
         self._digests = digests
 
@@ -37,11 +37,11 @@ class LocalFolder:
         ConfigError: there is no such folder, or it may not be read.
         """
         if not self.folder.exists():
-            raise ConfigError(f"{self._field}.path: there is no folder {self.folder} (looked in {Path.cwd()})")
+            raise ConfigError(f"{self.field}: there is no folder {self.folder} (looked in {Path.cwd()})")
         if not self.folder.is_dir():
-            raise ConfigError(f"{self._field}.path: {self.folder} is a file; give the folder that holds the images")
+            raise ConfigError(f"{self.field}: {self.folder} is a file; give the folder that holds the images")
         if not os.access(self.folder, os.R_OK | os.X_OK):
-            raise ConfigError(f"{self._field}.path: no permission to read {self.folder}")
+            raise ConfigError(f"{self.field}: no permission to read {self.folder}")
 
     def has_images(self) -> bool:
         return any(is_image(path) for path in self._walk())
@@ -70,7 +70,7 @@ class LocalFolder:
                 status = folder.stat()
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
             except OSError as error:
-                raise ConfigError(f"{self._field}.path: cannot read the folder {folder} ({error.strerror})") from error
+                raise ConfigError(f"{self.field}: cannot read the folder {folder} ({error.strerror})") from error
             if (status.st_dev, status.st_ino) in entered:
                 continue
             entered.add((status.st_dev, status.st_ino))

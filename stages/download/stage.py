@@ -13,11 +13,12 @@ from stages.core.errors import InputError, TransientError
 from stages.core.fingerprint import digest_bytes, digest_of
 from stages.core.shard import ShardWriter
 from stages.core.stage import Context, Inputs, MapStage, Setting, Unit, explain_changes
+from stages.download.changes import Listings, counts_of_changes
 from stages.download.checking import ImageChecker
 from stages.download.config import HubSource
 from stages.download.hub import HubRepository
 from stages.download.images import Inspection
-from stages.download.listing import Listing, Sample, list_source
+from stages.download.listing import NO_CAPTION, Listing, Sample, list_source
 from stages.download.local import LocalFolder
 from stages.download.partition import PlannedShard, from_record, partition, to_record
 
@@ -45,6 +46,9 @@ class DownloadStage(MapStage):
     needs = ()
     summary = "copies captioned images into raw shards and refuses what cannot be used"
 
+    def __init__(self) -> None:
+        self._listings = Listings()  # for explanations alone
+
     # -- before a run -------------------------------------------------------------------------------------------------
 
     def settings(self, setting: Setting) -> dict[str, Any]:
@@ -64,8 +68,9 @@ class DownloadStage(MapStage):
         dataset = setting.the_dataset
         listing = list_source(open_source(dataset, setting), dataset.caption_strategy)
         _judge(setting, listing.images, listing.refused)
-        kind = "hub" if listing.commit else "local"
-        return {"source": {"kind": kind, **listing.state()}}
+        state = {"kind": "hub" if listing.commit else "local", **listing.state()}
+        self._listings.note(setting.store, state, listing)
+        return {"source": state}
 
     def foretell(self, spec: dict[str, Any]) -> dict[str, str]:
         """All three facets follow from the listing. Which images are accepted follows from their bytes and from the
@@ -92,7 +97,10 @@ class DownloadStage(MapStage):
 
     def explain(self, old: Any, new: Any) -> list[str]:
         was, now = dict(old or {}), dict(new or {})
-        texts = _explain_source(was.pop("source", None), now.pop("source", None))
+        before, state = was.pop("source", None), now.pop("source", None)
+        texts = counts_of_changes(before, state)
+        if texts:
+            texts += self._listings.names(self.name, self.version, old, state)
         return texts + explain_changes(was, now)
 
     # -- the units ----------------------------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ class DownloadStage(MapStage):
         listing = list_source(source, dataset.caption_strategy)
         state = {"kind": expected["kind"], **listing.state()}
         if state != expected:
-            changes = "; ".join(_explain_source(expected, state))
+            changes = "; ".join(counts_of_changes(expected, state))
             raise TransientError(
                 f"{context.label}: {source.where} changed while it was looked at ({changes}); run again"
             )
@@ -286,33 +294,15 @@ def _judge(setting: Setting, images: int, refused: Sequence[Refusal]) -> None:
     shown = "".join(f"\n  {refusal.name}: {refusal.reason}" for refusal in refused[:SHOWN])
     more = f"\n  ... and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     name = setting.the_dataset.id
-    if len(refused) == images:
-        raise InputError(f"download[{name}]: all {images} images are refused:{shown}{more}")
-    raise InputError(
-        f"download[{name}]: {len(refused)} of {images} images are refused, more than download.max_refused_share "
-        f"({limit:.0%}) allows:{shown}{more}"
-    )
-
-
-def _explain_source(old: dict[str, Any] | None, new: dict[str, Any] | None) -> list[str]:
-    """What changed in a source, in words: its digests would tell a person nothing."""
-    if not old or not new or old == new:
-        return []
-    texts = []
-    if old["images"] != new["images"]:
-        texts.append(f"source: {old['images']:,} -> {new['images']:,} images")
-    elif old["pixels"] != new["pixels"]:
-        texts.append(f"source: some of its {new['images']:,} images changed")
-    if old["captions"] != new["captions"]:
-        before, after = old["distinct_captions"], new["distinct_captions"]
-        same = before == after
-        texts.append("source: captions changed" if same else f"source: {before:,} -> {after:,} distinct captions")
-    elif old["pairs"] != new["pairs"] and old["pixels"] == new["pixels"]:
-        texts.append("source: captions belong to other images than before")
-    if old["without_caption"] != new["without_caption"]:
-        texts.append(
-            f"source: {old['without_caption']:,} -> {new['without_caption']:,} images without a usable caption"
+    who, field = f"download[{name}]", f"datasets.{name}"
+    if all(refusal.reason.startswith(NO_CAPTION) for refusal in refused):
+        more += (
+            f"\nWrite the captions into these files, or set {field}.caption_strategy: filename to take the images' "
+            f"names for captions."
         )
-    if old.get("commit") != new.get("commit"):
-        texts.append(f"source: commit {str(old.get('commit'))[:10]} -> {str(new.get('commit'))[:10]}")
-    return texts or ["source: the files that it refuses changed"]
+    if len(refused) == images:
+        raise InputError(f"{who}: all {images} images of {field}.source are refused:{shown}{more}")
+    raise InputError(
+        f"{who}: {len(refused)} of {images} images of {field}.source are refused, more than "
+        f"download.max_refused_share ({limit:.0%}) allows:{shown}{more}"
+    )

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from stages.core.config import Section
 
+FIELD = "model.pretrained_model_name_or_path"
+"""For messages: the field that names the model."""
+
 
 class ModelSection(Section):
     """The base model: a diffusers-layout Stable Diffusion 3 / 3.5 folder or Hub repository."""

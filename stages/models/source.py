@@ -18,10 +18,9 @@ from stages.core.errors import ConfigError
 from stages.core.fingerprint import digest_lines, digest_of
 from stages.core.statcache import StatCache
 from stages.core.store import Store
-from stages.models.config import ModelSection
+from stages.models.config import FIELD, ModelSection
 from stages.models.hub import HubFiles
 
-FIELD = "model.pretrained_model_name_or_path"
 MODELS = ("vae", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 COMPONENTS = (*MODELS, *TOKENIZERS, "scheduler")
@@ -138,11 +137,7 @@ class ModelSource:
             TransientError: the Hub did not answer.
         """
         files = self.files
-        if _INDEX not in files.names():
-            raise ConfigError(
-                f"{FIELD}: {files.where} has no {_INDEX}, so it is not in the diffusers layout. A single-file "
-                f"checkpoint has to be converted first; on the Hub, look for the repository named '...-diffusers'."
-            )
+        self._check_layout()
         index = self._json(_INDEX)
         kind = str(index.get("_class_name"))
         if not kind.startswith("StableDiffusion3"):
@@ -156,6 +151,13 @@ class ModelSource:
             self._config_path(component)
             if component in MODELS:
                 self.weights(component)
+
+    def _check_layout(self) -> None:
+        if _INDEX not in self.files.names():
+            raise ConfigError(
+                f"{FIELD}: {self.files.where} has no {_INDEX}, so it is not in the diffusers layout. A single-file "
+                f"checkpoint has to be converted first; on the Hub, look for the repository named '...-diffusers'."
+            )
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration: 'config.json', or 'scheduler_config.json' of the scheduler.
@@ -201,7 +203,7 @@ class ModelSource:
 
         Raises:
             ConfigError: a component is missing.
-            TransientError, CorruptBlobError: the Hub did not answer, or sent wrong bytes.
+            TransientError: the Hub did not answer, or sent wrong bytes.
         """
         wanted = [_INDEX]
         for component in components:
@@ -229,6 +231,7 @@ class ModelSource:
             name = "scheduler_config.json" if component == "scheduler" else "config.json"
         path = f"{component}/{name}"
         if path not in self.files.names():
+            self._check_layout()
             raise ConfigError(f"{FIELD}: {self.files.where} has no {path}: the {component} is missing")
         return path
 

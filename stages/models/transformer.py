@@ -212,14 +212,15 @@ def lora_layers(config: dict[str, Any], targets: Iterable[str], exclude_blocks: 
     Raises:
         ConfigError: a target matches no linear layer, a block does not exist, or nothing is left.
     """
-    names = linear_names(empty_transformer(config))
+    model = empty_transformer(config)
+    names = linear_names(model)
     matched: set[str] = set()
     for target in targets:
         found = [name for name in names if name == target or name.endswith(f".{target}")]
         if not found:
             raise ConfigError(f"train.lora.targets: {target!r} matches no linear layer{_near(names, target)}")
         matched.update(found)
-    blocks = int(config["num_layers"])
+    blocks = int(model.config.num_layers)
     excluded = list(exclude_blocks)
     for index in excluded:
         if not 0 <= index < blocks:

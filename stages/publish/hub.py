@@ -265,7 +265,7 @@ class HubTarget:
                 return ConfigError(f"publish.repo: there is no {self.repo}, or HF_TOKEN may not see it")
             case "bad token":
                 return ConfigError(f"publish.repo: the Hub does not accept HF_TOKEN ({line}); make a new one")
-        text = f"cannot {what} {self.repo}: {line}"
+        text = f"publish.repo: cannot {what} {hub.page(self.repo)}: {line}"
         return TransientError(text) if hub.is_transient(error) else InputError(text)
 
 

@@ -113,6 +113,8 @@ def _raise(error: Exception) -> None:
 def test_the_first_line_of_an_error() -> None:
     assert hub.first_line(ValueError("\n  first \nsecond")) == "first"
     assert hub.first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert hub.first_line(ValueError("Bad request:\n\nno such page\nthird")) == "Bad request: no such page"
+    assert hub.first_line(wrapped(httpx.ConnectError("refused"))) == "refused"
 
 
 def test_a_file_is_whole_when_it_is_what_its_name_says(tmp_path: Path) -> None:

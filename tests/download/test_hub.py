@@ -75,6 +75,7 @@ def test_a_new_commit_downloads_only_what_is_new(hub: HubServer, tmp_path: Path)
     words = bench.stage.explain(old, bench.spec())
     assert words[:2] == ["source: 10 -> 11 images", "source: 4 -> 5 distinct captions"]
     assert words[2].startswith("source: commit ")
+    assert words[3:] == ["new: image-050.png"]
     second = bench.run()
     assert second.shards[: len(first.shards)] == first.shards
     fetched = {entry.path.split("/")[-1] for entry in hub.requests if "/resolve/" in entry.path}
@@ -177,7 +178,7 @@ def refused(bench: Bench) -> LoralineError:
 def test_no_such_repository(hub: HubServer, tmp_path: Path) -> None:
     error = refused(hub_bench(tmp_path))
     assert isinstance(error, ConfigError)
-    assert "there is no Hub data set user/pictures" in str(error)
+    assert "datasets.photos.source.repo: there is no Hub data set user/pictures" in str(error)
     assert "a private one needs HF_TOKEN" in str(error)
 
 
@@ -200,7 +201,7 @@ def test_gated_repository(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     for strategy in ("textfile", "filename"):
         error = refused(hub_bench(tmp_path, strategy))
         assert isinstance(error, ConfigError)
-        assert "is gated: ask for access at" in str(error)
+        assert "datasets.photos.source.repo: user/pictures is gated: accept its terms at" in str(error)
     if user:
         hub.grant(REPO, user)
         assert hub_bench(tmp_path).run().counts["images"] == 3
@@ -217,7 +218,7 @@ def test_a_token_that_nobody_holds(hub: HubServer, tmp_path: Path, monkeypatch: 
     hub.add_dataset(REPO, files(3))
     monkeypatch.setenv("HF_TOKEN", "hf_nobody_holds_this")
     error = refused(hub_bench(tmp_path))
-    assert "does not accept HF_TOKEN" in str(error)
+    assert "datasets.photos.source.repo: the Hub does not accept HF_TOKEN" in str(error)
     assert "hf_nobody_holds_this" not in str(error)
 
 
@@ -225,14 +226,29 @@ def test_no_images(hub: HubServer, tmp_path: Path) -> None:
     hub.add_dataset(REPO, {"data.parquet": b"PAR1"})
     error = refused(hub_bench(tmp_path))
     assert isinstance(error, InputError)
+    assert "datasets.photos.source.repo: the Hub data set user/pictures at" in str(error)
     assert "holds no image" in str(error)
+    hub.add_dataset(REPO, {"train/data.parquet": b"PAR1", **files(2)})
+    assert "datasets.photos.source.folder: the Hub data set" in str(refused(hub_bench(tmp_path, folder="train")))
 
 
 def test_nobody_answers(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     error = refused(hub_bench(tmp_path))
     assert isinstance(error, TransientError)
-    assert "cannot look up the Hub data set user/pictures" in str(error)
+    assert "datasets.photos.source.repo: cannot look up the Hub data set user/pictures at http://127.0.0.1:9/" in str(
+        error
+    )
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409])
+@pytest.mark.parametrize("pattern", ["/api/datasets/", "/tree/", r"/resolve/.*\.txt"])
+def test_whatever_the_hub_answers_the_field_is_named(hub: HubServer, tmp_path: Path, pattern: str, status: int) -> None:
+    hub.add_dataset(REPO, files(3))
+    hub.fail("*", pattern, status, times=1000)
+    with pytest.raises(ConfigError, match=r"^datasets\.photos\.source\.repo: .*user/pictures") as caught:
+        hub_bench(tmp_path).spec()
+    assert "HF_TOKEN may not" not in str(caught.value), "none is set"
 
 
 def test_a_hub_that_stays_down(hub: HubServer, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_one_more_image_makes_one_more_shard(done: Bench, tmp_path: Path) -> Non
     (done.photos / "aaa.txt").write_text("new words")
     kept, words = change(done, tmp_path)
     assert kept == ["raw-00000", "raw-00001", "raw-00002"]
-    assert words == ["source: 10 -> 11 images", "source: 4 -> 5 distinct captions"]
+    assert words == ["source: 10 -> 11 images", "source: 4 -> 5 distinct captions", "new: aaa.png"]
     second = done.run()
     assert second.shards[:3] == first.shards
     assert second.shards[3].samples == 1
@@ -124,7 +124,7 @@ def test_a_removed_image_rewrites_only_its_shard(done: Bench, tmp_path: Path) ->
     (done.photos / "image-005.png").unlink()
     kept, words = change(done, tmp_path)
     assert kept == ["raw-00000", "raw-00002"]
-    assert words == ["source: 10 -> 9 images"]
+    assert words == ["source: 10 -> 9 images", "gone: image-005"]
     second = done.run()
     assert [shard.samples for shard in second.shards] == [4, 3, 2]
     assert (second.shards[0], second.shards[2]) == (first.shards[0], first.shards[2])
@@ -136,7 +136,7 @@ def test_a_changed_caption_leaves_pixels_alone(done: Bench, tmp_path: Path) -> N
     (done.photos / "image-005.txt").write_text("better words")
     kept, words = change(done, tmp_path)
     assert kept == ["raw-00000", "raw-00002"]
-    assert words == ["source: 4 -> 5 distinct captions"]
+    assert words == ["source: 4 -> 5 distinct captions", "other caption: image-005.png"]
     second = done.run()
     assert second.shards[1].sha256 != first.shards[1].sha256
     assert [shard.facets for shard in second.shards] == [shard.facets for shard in first.shards]
@@ -149,11 +149,35 @@ def test_a_changed_image_leaves_captions_alone(done: Bench, tmp_path: Path) -> N
     (done.photos / "image-005.png").write_bytes(image_bytes(78))
     kept, words = change(done, tmp_path)
     assert kept == ["raw-00000", "raw-00002"]
-    assert words == ["source: some of its 10 images changed"]
+    assert words == ["source: some of its 10 images changed", "changed: image-005.png"]
     second = done.run()
     assert second.facets["captions"] == first.facets["captions"]
     assert second.facets["pairs"] == first.facets["pairs"]
     assert second.facets["pixels"] != first.facets["pixels"]
+
+
+def test_of_many_changed_files_the_first_few_are_named(done: Bench) -> None:
+    old = done.spec()
+    fill(done.photos, 7, start=20)
+    (done.photos / "image-001.txt").unlink()
+    assert done.stage.explain(old, done.spec()) == [
+        "source: 10 -> 16 images",
+        "source: 4 -> 7 distinct captions",
+        "source: 0 -> 1 images without a usable caption",
+        "new: image-020.png, image-021.png, image-022.png and 4 more",
+        "no usable caption now: image-001.png",
+    ]
+
+
+def test_names_of_changes_are_never_worth_an_error(done: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, counts = done.spec(), ["source: 10 -> 9 images"]
+    (done.photos / "image-005.png").unlink()
+    assert Bench(done.root).stage.explain(old, done.spec()) == counts, "a process that has not listed the source"
+    for shard in done.first.shards:  # type: ignore[attr-defined]
+        Path(done.store.fetch(shard.sidecars["captions"])).unlink()
+    assert done.stage.explain(old, done.spec()) == counts
+    monkeypatch.setattr("stages.download.changes.MOST_LISTS", 0)
+    assert done.stage.explain(old, done.spec()) == counts
 
 
 def test_a_repaired_image_leaves_captions_alone(bench: Bench) -> None:
@@ -285,8 +309,10 @@ def test_too_many_refused_fails_with_names(bench: Bench, broken: int) -> None:
     for number in range(broken):
         (bench.photos / f"x{number:02d}.png").write_bytes(b"broken")
         (bench.photos / f"x{number:02d}.txt").write_text("words")
-    with pytest.raises(InputError, match=rf"{broken} of {10 + broken} images are refused.*max_refused_share") as caught:
+    words = rf"{broken} of {10 + broken} images of datasets\.photos\.source are refused.*max_refused_share"
+    with pytest.raises(InputError, match=words) as caught:
         bench.run()
+    assert "caption_strategy" not in str(caught.value)
     assert "x00.png: not an image" in str(caught.value)
     assert str(caught.value).count("x0") <= 5
     assert bench.job().lookup() is None
@@ -300,7 +326,10 @@ def test_missing_captions_fail_before_any_image_is_read(bench: Bench, monkeypatc
     for path in bench.photos.glob("*.txt"):
         path.unlink()
     monkeypatch.setattr("stages.download.images.inspect", lambda *a: pytest.fail("looked into an image"))
-    with pytest.raises(InputError, match="all 10 images are refused"):
+    words = (
+        r"all 10 images of datasets\.photos\.source are refused(.|\n)*set datasets\.photos\.caption_strategy: filename"
+    )
+    with pytest.raises(InputError, match=words):
         bench.spec()
 
 
@@ -312,7 +341,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     bench.photos.mkdir()
     (bench.photos / "readme.txt").write_text("no images")
     for act in (lambda: bench.stage.check(bench.setting), bench.spec):
-        with pytest.raises(InputError, match="holds no image"):
+        with pytest.raises(InputError, match=r"^datasets\.photos\.source\.path: the folder .* holds no image"):
             act()
     bench.photos.joinpath("readme.txt").unlink()
     bench.photos.rmdir()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from stages.core import hub
-from stages.core.errors import ConfigError, CorruptBlobError, TransientError
+from stages.core.errors import ConfigError, TransientError
 from stages.core.store import Store, StoreSection
 from stages.models.config import ModelSection
 from stages.models.source import COMPONENTS, MODELS, TOKENIZERS, ModelSource
@@ -178,12 +178,14 @@ def test_busy_servers_cut_connections_and_wrong_bytes_are_lived_through(store: S
     assert server.count("GET", r"^/objects/") == 2  # the first body had a wrong byte
 
 
-def test_bytes_that_stay_wrong_are_an_error(store: Store, server: HubServer) -> None:
+def test_bytes_that_stay_wrong_are_an_error_and_are_not_kept(store: Store, server: HubServer) -> None:
     server.add_model(REPO, minimal())
     remote = source(store, REPO)
     server.corrupt_download(r"vocab\.json", times=9)
-    with pytest.raises(CorruptBlobError, match=r"tokenizer/vocab\.json of the Hub repository artist/tiny-sd3"):
+    with pytest.raises(TransientError, match=r"tokenizer/vocab\.json of the Hub repository artist/tiny-sd3"):
         remote.folder(["tokenizer"])
+    server.faults.clear()
+    assert (remote.folder(["tokenizer"]) / "tokenizer/vocab.json").read_bytes() == minimal()["tokenizer/vocab.json"]
 
 
 def test_a_hub_that_stays_away_is_worth_another_run(store: Store, server: HubServer) -> None:
@@ -197,9 +199,8 @@ def test_a_gated_model_says_how_to_get_it(store: Store, server: HubServer, monke
     server.add_user("stranger")
     server.add_model(REPO, minimal(), gated="manual")
     monkeypatch.setenv("HF_TOKEN", server.token("read", "stranger"))
-    with pytest.raises(
-        ConfigError, match=r"artist/tiny-sd3 is gated: accept its licence at .*artist/tiny-sd3.*HF_TOKEN"
-    ):
+    words = r"model\.pretrained_model_name_or_path: artist/tiny-sd3 is gated: accept its terms at .*HF_TOKEN"
+    with pytest.raises(ConfigError, match=words):
         source(store, REPO).check()
     server.grant(REPO, "stranger")
     source(store, REPO).check()
@@ -211,6 +212,49 @@ def test_what_the_hub_does_not_have_is_named(store: Store, server: HubServer) ->
         source(store, "artist/none").check()
     with pytest.raises(ConfigError, match=r"model\.revision: artist/tiny-sd3 has no revision 'v9'"):
         source(store, REPO, revision="v9").check()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 503])
+@pytest.mark.parametrize("pattern", ["^/api/models/", r"^/artist/.*config\.json"])
+def test_whatever_the_hub_answers_the_field_is_named(
+    store: Store, server: HubServer, monkeypatch: pytest.MonkeyPatch, pattern: str, status: int
+) -> None:
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    server.add_model(REPO, minimal())
+    server.fail("GET", pattern, status=status, times=99)
+    kind = TransientError if status == 503 else ConfigError
+    with pytest.raises(kind, match=r"^model\.pretrained_model_name_or_path: .*artist/tiny-sd3"):
+        source(store, REPO).identity("vae")
+
+
+@pytest.mark.parametrize("repo", ["artist/none", "artist/private"])
+@pytest.mark.parametrize(("token", "hint"), [("stranger's", "HF_TOKEN may not read it"), ("no", "needs HF_TOKEN")])
+def test_a_wrong_name_and_a_private_repository_look_the_same(
+    store: Store, server: HubServer, monkeypatch: pytest.MonkeyPatch, repo: str, token: str, hint: str
+) -> None:
+    server.add_model("artist/private", minimal(), private=True)
+    server.add_user("stranger")
+    monkeypatch.setenv("HF_TOKEN", server.token("read", "stranger") if token == "stranger's" else "")
+    words = rf"^model\.pretrained_model_name_or_path: there is no folder {repo} here.*{hint}"
+    with pytest.raises(ConfigError, match=words):
+        source(store, repo).check()
+
+
+def test_nobody_answers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    words = (
+        r"^model\.pretrained_model_name_or_path: cannot look up .* at http://127\.0\.0\.1:9/artist/tiny-sd3: .*refused"
+    )
+    with pytest.raises(TransientError, match=words):
+        source(store, REPO).check()
+
+
+def test_a_repository_of_single_files_is_told_apart_from_one_that_lacks_a_part(store: Store, server: HubServer) -> None:
+    server.add_model(REPO, {"sd3.5_large.safetensors": b"x"})
+    for look in (lambda: source(store, REPO).check(), lambda: source(store, REPO).identity("vae")):
+        with pytest.raises(ConfigError, match=r"has no model_index\.json, so it is not in the diffusers layout"):
+            look()
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
