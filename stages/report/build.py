@@ -21,6 +21,7 @@ from stages.pipeline import Node, Pipeline
 from stages.report import wording
 from stages.report.charts import swatch
 from stages.report.datasets import CROPS, SHEETS, DatasetView, view_dataset
+from stages.report.measured import TRAIN, find_unfinished
 from stages.report.missing import Gaps
 from stages.report.pictures import Album
 from stages.report.provenance import (
@@ -34,7 +35,7 @@ from stages.report.provenance import (
 )
 from stages.report.record import Action, RunRecord, manifests_of, records_in_store
 from stages.report.timeline import rows
-from stages.report.training import TrainingView, view_training
+from stages.report.training import TrainingView, view_measured, view_training
 
 __all__ = ["Action", "RunRecord", "build_report", "records_in_store", "report_is_about", "report_place", "write_report"]
 
@@ -53,10 +54,8 @@ def build_report(pipeline: Pipeline, records: Sequence[RunRecord], error: str | 
     album, gaps = Album(), Gaps()
     manifests = manifests_of(pipeline, list(records))
     config = pipeline.config
-    train, publish = manifests.get(Node("train")), manifests.get(Node("publish"))
-    training = None
-    if train is not None:
-        training = gaps.attempt("training", view_training, train, config.train.sigmas, pipeline.store, album, gaps)
+    train, publish = manifests.get(TRAIN), manifests.get(Node("publish"))
+    training = _training(pipeline, manifests, album, gaps)
     views = [
         gaps.attempt(f"data set {dataset.id}", _dataset, pipeline, dataset.id, manifests, album, gaps)
         for dataset in config.datasets[:MOST_DATASETS]
@@ -74,6 +73,7 @@ def build_report(pipeline: Pipeline, records: Sequence[RunRecord], error: str | 
             base_model=config.model.pretrained_model_name_or_path,
             base_revision=config.model.revision,
             state=state,
+            outdated=any(record.outdated for record in records),
             sentence=sentence,
             learned=_learned(training, manifests),
             error=wording.shortened(wording.without_secrets(error), 4000) if error else None,
@@ -158,6 +158,17 @@ def _place(pipeline: Pipeline) -> str:
     return str(files.absolute(_path(pipeline))) if isinstance(files, LocalFiles) else f"{files.root}/{_path(pipeline)}"
 
 
+def _training(pipeline: Pipeline, manifests: dict[Node, Manifest], album: Album, gaps: Gaps) -> TrainingView | None:
+    """The training's part; of one that has not finished, as far as it got. None where there is nothing to show."""
+    sigmas, train = pipeline.config.train.sigmas, manifests.get(TRAIN)
+    if train is not None:
+        return gaps.attempt("training", view_training, train, sigmas, pipeline.store, album, gaps)
+    left = gaps.attempt("what the unfinished training left", find_unfinished, pipeline, manifests)
+    if left is None:
+        return None
+    return gaps.attempt("unfinished training", view_measured, left, sigmas, pipeline.store, album, gaps)
+
+
 def _dataset(
     pipeline: Pipeline, dataset_id: str, manifests: dict[Node, Manifest], album: Album, gaps: Gaps
 ) -> DatasetView:
@@ -180,11 +191,13 @@ def _learned(training: TrainingView | None, manifests: dict[Node, Manifest]) -> 
     crops = sum(shard.samples for node, found in manifests.items() if node.stage == "bucket" for shard in found.shards)
     seen = f" on {wording.plural(crops - training.held_out, 'picture')}" if crops > training.held_out else ""
     text = f"Trained for {wording.plural(training.steps, 'step')}{seen}"
+    if training.end is not None:
+        text = f"Trained for {training.end.done:,} of {wording.plural(training.end.total, 'step')}"
     if training.held_out_change is None:
         return f"{text}."
     direction = "fell" if training.held_out_change < 0 else "rose"
     first, last = training.held_out_first or 0.0, training.held_out_last or 0.0
-    held_out = wording.plural(training.held_out, "picture")
+    held_out = wording.plural(training.held_out, "picture") if training.held_out else "pictures"
     return (
         f"{text}; the loss on {held_out} held out {direction} from {wording.number(first)} to {wording.number(last)}."
     )
@@ -206,12 +219,13 @@ def _tiles(
         refused = sum(view.refused_total for view in datasets)
         tiles.append((wording.count(samples("bucket")), "crops", f"{refused:,} refused" if refused else "none refused"))
     if Node("embeds") in manifests:
-        tiles.append((wording.count(samples("embeds")), "text embeddings", "each caption once"))
+        tiles.append((wording.count(samples("embeds")), "text embeddings", "each text once"))
     if training and training.steps is not None:
         note = ""
         if training.loss_first is not None and training.loss_last is not None:
             note = f"loss {wording.number(training.loss_first)} → {wording.number(training.loss_last)}"
-        tiles.append((wording.count(training.steps), "training steps", note))
+        whole = f"of {wording.plural(training.end.total, 'training step')}" if training.end else "training steps"
+        tiles.append((wording.count(training.steps), whole, note))
     if training and training.held_out_change is not None:
         first, last = training.held_out_first or 0.0, training.held_out_last or 0.0
         note = f"{wording.number(first)} → {wording.number(last)}"

@@ -73,15 +73,15 @@ def line_chart(
         return x, HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, labels(y_ticks), strict=True):
         _, y = place((x_low, tick))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     base = HEIGHT - BOTTOM
-    for tick in x_ticks:
+    for tick, label in zip(x_ticks, labels(x_ticks), strict=True):
         x, _ = place((tick, y_low))
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{label}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
@@ -130,6 +130,16 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Evenly spaced numbers in words, with as many digits as tell them apart."""
+    short = [number(value) for value in values]
+    if len(set(short)) == len(short):
+        return short
+    digits = 1 - math.floor(math.log10(values[1] - values[0]))
+    exact = [f"{value:.{digits}f}" for value in values]
+    return [text.rstrip("0").rstrip(".") for text in exact]
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:

@@ -152,7 +152,7 @@ def training_facts(section: TrainSection, manifest: Manifest | None) -> list[tup
     rows = [
         ("base precision", section.base_model_precision),
         ("computed in", {"no": "fp32", "bf16": "bf16"}[section.mixed_precision]),
-        ("adapter", f"rank {rank}, alpha {alpha:g}, on {', '.join(section.lora.targets)}"),
+        ("adapter", f"rank {rank}, alpha {alpha:g}"),
         ("batch", f"{wording.plural(batch, 'picture')} a step"),
     ]
     if section.previous is not None:
@@ -166,7 +166,8 @@ def training_facts(section: TrainSection, manifest: Manifest | None) -> list[tup
         ("device", "device", str),
         ("peak_rss_mb", "peak memory", lambda value: wording.size(int(value * 1e6))),
     )
-    return rows + [(label, said(info[key])) for key, label, said in known if info.get(key) is not None]
+    rows += [(label, said(info[key])) for key, label, said in known if info.get(key) is not None]
+    return [*rows, ("adapted layers", ", ".join(section.lora.targets))]
 
 
 def base_layers(manifest: Manifest | None) -> list[Layers]:
@@ -205,6 +206,12 @@ def outcome(records: Sequence[RunRecord], error: str | None) -> tuple[str, str]:
     waiting = [record for record in records if record.action == "not run"]
     if waiting:
         return "partial", f"{wording.plural(len(waiting), 'stage')} of {len(records)} did not run yet."
+    outdated = [record.label for record in reused if record.outdated]
+    if outdated:
+        return (
+            "partial",
+            f"Older than its settings or inputs: {', '.join(outdated)}. The next run brings it up to date.",
+        )
     if not ran:
         return "reused", "Nothing had to be done: every stage was found in the store."
     if reused:

@@ -24,6 +24,7 @@ class RunRecord:
         seconds: how long it took in this run.
         manifest: what it made or found; None where there is nothing.
         started_at: when it started, in seconds since the epoch; told from the manifest where it is not known.
+        outdated: the manifest is not what these settings and the newest inputs would make.
     """
 
     label: str
@@ -32,6 +33,7 @@ class RunRecord:
     seconds: float = 0.0
     manifest: Manifest | None = None
     started_at: float | None = None
+    outdated: bool = False
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
@@ -77,14 +79,31 @@ class RunRecord:
 
 def records_in_store(pipeline: Pipeline) -> list[RunRecord]:
     """What this configuration's name made last at every node: for a report without a run."""
-    records = []
+    records: list[RunRecord] = []
     for node in pipeline.order:
         manifest = pipeline.last(node)
         if manifest is None:
             records.append(RunRecord(node.label, "not run", "never finished under this name"))
-        else:
-            records.append(RunRecord(node.label, "reused", "found in the store", manifest=manifest))
+            continue
+        older = _older(pipeline, node, manifest, {record.label: record for record in records})
+        reason = f"found in the store, {older}" if older else "found in the store"
+        records.append(RunRecord(node.label, "reused", reason, manifest=manifest, outdated=bool(older)))
     return records
+
+
+def _older(pipeline: Pipeline, node: Node, manifest: Manifest, before: Mapping[str, RunRecord]) -> str:
+    """Why an artifact is not up to date, as far as it can be seen without looking at sources and models."""
+    settings = pipeline.stage(node.stage).settings(pipeline.setting(node))
+    if any(manifest.spec.get(name) != value for name, value in settings.items()):
+        return "made with other settings"
+    for name, digest in manifest.inputs.items():
+        label, _, facet = name.rpartition(".")
+        newest = before.get(label)
+        if newest is None or newest.manifest is None:
+            continue
+        if newest.outdated or newest.manifest.digest(facet) != digest:
+            return f"made from an older {label}"
+    return ""
 
 
 def manifests_of(pipeline: Pipeline, records: list[RunRecord]) -> dict[Node, Manifest]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from stages.core.artifact import Manifest
 from stages.core.store import Store
 from stages.report import wording
 from stages.report.charts import Line, Point, line_chart, smoothed, usual_range
+from stages.report.measured import Drawn, End, Evaluation, Measured, read_finished
 from stages.report.missing import Gaps
 from stages.report.pictures import Album, Thumbnail
 
@@ -67,6 +67,8 @@ class TrainingView:
     held_out_last: float | None
     published: float | None = None
     """Held-out loss of the adapter that was published before, on the same pictures."""
+    end: End | None = None
+    """How far it got, where it has not finished."""
 
     @property
     def versus_published(self) -> float | None:
@@ -84,24 +86,31 @@ class TrainingView:
 
 
 def view_training(manifest: Manifest, sigmas: SigmaSection, store: Store, album: Album, gaps: Gaps) -> TrainingView:
-    """Puts the training's part together out of its artifact."""
-    log = gaps.attempt("training log", read_log, store, manifest) or []
-    found = gaps.attempt("held-out evaluation", read_evaluation, store, manifest)
-    held_out, pictures, before = found or ([], 0, None)
+    """Puts the part of a finished training together out of its artifact."""
+    return view_measured(read_finished(store, manifest, gaps), sigmas, store, album, gaps)
+
+
+def view_measured(measured: Measured, sigmas: SigmaSection, store: Store, album: Album, gaps: Gaps) -> TrainingView:
+    """Puts a training's part together out of what it wrote down."""
+    log, held_out, before = measured.log, measured.rounds, measured.before
     loss = curve(log, "loss")
     charts: list[Chart | None] = []
+    # The axis of an unfinished training goes to where it was to end: so it shows how far it got.
+    steps = (0.0, float(measured.end.total)) if measured.end else None
     if loss:
-        charts.append(gaps.attempt("loss curve", loss_chart, loss))
+        charts.append(gaps.attempt("loss curve", smoothed_chart, "Training loss", "loss", loss, steps))
     if held_out:
-        charts.append(gaps.attempt("held-out curve", held_out_chart, held_out, pictures, before))
-    if len(held_out) > 1 and held_out[0].by_sigma and held_out[-1].by_sigma:
-        charts.append(gaps.attempt("held-out loss by noise level", by_sigma_chart, held_out, before))
+        charts.append(gaps.attempt("held-out curve", held_out_chart, held_out, measured.held_out, before, steps))
+    shaped = [entry for entry in held_out if entry.by_sigma]
+    if len(shaped) > 1:
+        charts.append(gaps.attempt("held-out loss by noise level", by_sigma_chart, shaped, before))
     charts.append(gaps.attempt("noise levels", sigma_chart, sigmas))
-    for key, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm")):
-        points = curve(log, key)
-        if points:
-            charts.append(gaps.attempt(title.lower(), plain_chart, title, points))
-    pairs, more = gaps.attempt("validation pictures", read_pairs, store, manifest, album, gaps) or ([], 0)
+    rates, norms = curve(log, "lr"), curve(log, "grad_norm")
+    if rates:
+        charts.append(gaps.attempt("learning rate", plain_chart, "Learning rate", rates, steps))
+    if norms:
+        charts.append(gaps.attempt("gradient norm", smoothed_chart, "Gradient norm", "norm", norms, steps))
+    pairs, more = gaps.attempt("validation pictures", read_pairs, store, measured.pictures, album, gaps) or ([], 0)
     mean = smoothed(loss)
     return TrainingView(
         charts=[chart for chart in charts if chart is not None],
@@ -110,54 +119,12 @@ def view_training(manifest: Manifest, sigmas: SigmaSection, store: Store, album:
         steps=int(log[-1]["step"]) if log else None,
         loss_first=mean[0][1] if mean else None,
         loss_last=mean[-1][1] if mean else None,
-        held_out=pictures,
-        held_out_first=held_out[0].loss if held_out else None,
+        held_out=measured.held_out,
+        held_out_first=held_out[0].loss if len(held_out) > 1 else None,
         held_out_last=held_out[-1].loss if held_out else None,
         published=before.loss if before is not None and math.isfinite(before.loss) else None,
+        end=measured.end,
     )
-
-
-# -- records ----------------------------------------------------------------------------------------------------------
-
-
-def read_log(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
-    """The lines of train.jsonl, by step.
-
-    Raises:
-        KeyError: the artifact has none.
-        StoreError, ValueError: it cannot be read.
-    """
-    lines = store.read_blob(manifest.file("train.jsonl")).splitlines()
-    return sorted((json.loads(line) for line in lines if line.strip()), key=lambda record: record["step"])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One round of the held-out loss: its mean, and the mean at each noise level (before the shift)."""
-
-    step: int
-    loss: float
-    by_sigma: list[Point]
-
-
-def read_evaluation(store: Store, manifest: Manifest) -> tuple[list[Evaluation], int, Evaluation | None]:
-    """The rounds of evaluation.json by step, how many pictures are held out, and the round of the adapter published
-    before, where it was measured.
-
-    Raises:
-        KeyError: the artifact has no evaluation.
-        StoreError, ValueError: it cannot be read.
-    """
-    record = json.loads(store.read_blob(manifest.file("evaluation.json")))
-    rounds = [_evaluation(int(entry["step"]), entry) for entry in record["rounds"]]
-    previous = record.get("previous") or {}
-    before = _evaluation(0, previous) if previous.get("loss") is not None else None
-    return sorted(rounds, key=lambda entry: entry.step), len(record.get("held_out", [])), before
-
-
-def _evaluation(step: int, entry: Mapping[str, Any]) -> Evaluation:
-    levels = entry.get("by_sigma", {}).items()
-    return Evaluation(step, float(entry["loss"]), sorted((float(sigma), float(loss)) for sigma, loss in levels))
 
 
 def curve(log: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
@@ -169,26 +136,34 @@ def curve(log: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 
-def loss_chart(loss: Sequence[Point]) -> Chart:
-    raw = Line("each step", loss, "faint")
-    mean = Line("smoothed", smoothed(loss), "main")
-    limits = usual_range([value for _, value in loss])
+def smoothed_chart(title: str, label: str, points: Sequence[Point], steps: Point | None = None) -> Chart:
+    """A number of each step, and its mean over a window. `steps` are the ends of the axis, where the points do not
+    say."""
+    raw = Line("each step", points, "faint")
+    mean = Line("smoothed", smoothed(points), "main")
+    limits = usual_range([value for _, value in points])
     note = "The axis ends at the 99th percentile; higher spikes are drawn at its edge." if limits else ""
-    svg = line_chart("Training loss by step", [raw, mean], "step", "loss", limits)
-    return Chart("Training loss", svg, [("faint", "each step"), ("main", "smoothed")], note)
+    svg = line_chart(f"{title} by step", [raw, mean], "step", label, limits, steps)
+    return Chart(title, svg, [("faint", "each step"), ("main", "smoothed")], note)
 
 
-def held_out_chart(rounds: Sequence[Evaluation], pictures: int, before: Evaluation | None = None) -> Chart:
+def held_out_chart(
+    rounds: Sequence[Evaluation], pictures: int, before: Evaluation | None = None, steps: Point | None = None
+) -> Chart:
     first, last = rounds[0].loss, rounds[-1].loss
-    change = f", {wording.percent(last / first - 1)}" if first else ""
+    change = f"{wording.number(first)} → {wording.number(last)}"
+    if len(rounds) == 1:
+        change = f"{wording.number(first)} at step {wording.count(rounds[0].step)}"
+    elif first:
+        change = f"{change}, {wording.percent(last / first - 1)}"
     points = [(float(entry.step), entry.loss) for entry in rounds]
     lines, legend = [Line("held out", points, "second", marks=True)], []
     if before is not None:
         lines.insert(0, Line("published before", [(step, before.loss) for step, _ in (points[0], points[-1])], "main"))
         legend.append(("main", f"the adapter published before, {wording.number(before.loss)}"))
-    svg = line_chart("Held-out loss by step", lines, "step", "loss")
+    svg = line_chart("Held-out loss by step", lines, "step", "loss", x_range=steps)
     what = f"{wording.plural(pictures, 'picture') if pictures else 'pictures'} that training never sees"
-    note = f"{wording.number(first)} → {wording.number(last)}{change}. Same noise and noise levels every time."
+    note = f"{change}. Same noise and noise levels every time."
     return Chart("Held-out loss", svg, [("second", what), *legend], note)
 
 
@@ -208,9 +183,9 @@ def by_sigma_chart(rounds: Sequence[Evaluation], before: Evaluation | None = Non
     return Chart(title, svg, [*legend, *published])
 
 
-def plain_chart(title: str, points: Sequence[Point]) -> Chart:
+def plain_chart(title: str, points: Sequence[Point], steps: Point | None = None) -> Chart:
     limits = usual_range([value for _, value in points])
-    return Chart(title, line_chart(f"{title} by step", [Line(title, points, "main")], "step", "", limits), [])
+    return Chart(title, line_chart(f"{title} by step", [Line(title, points, "main")], "step", "", limits, steps), [])
 
 
 def sigma_chart(section: SigmaSection) -> Chart:
@@ -262,33 +237,35 @@ def sigma_density(section: SigmaSection, count: int = 240) -> list[Point]:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(store: Store, manifest: Manifest, album: Album, gaps: Gaps) -> tuple[list[Pair], int]:
+def read_pairs(store: Store, drawn: Sequence[Drawn], album: Album, gaps: Gaps) -> tuple[list[Pair], int]:
     """Pictures of the first and the last round for each prompt, then those between, as far as the page has room.
 
     Returns:
         The pairs, and how many prompts were left out.
     """
-    records = manifest.info.get("pictures") or []
-    by_index: dict[int, list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda entry: (entry["index"], entry["step"])):
-        by_index.setdefault(int(record["index"]), []).append(record)
+    by_index: dict[int, list[Drawn]] = {}
+    for picture in sorted(drawn, key=lambda entry: (entry.index, entry.step)):
+        by_index.setdefault(picture.index, []).append(picture)
 
-    def thumbnail(record: Mapping[str, Any], edge: int) -> Round | None:
+    def thumbnail(picture: Drawn, edge: int) -> Round | None:
         def make() -> Thumbnail | None:
-            return album.add(store.read_blob(manifest.file(str(record["file"]))), edge)
+            return album.add(store.read_blob(picture.blob()), edge)
 
-        picture = gaps.attempt(f"picture {record['file']}", make)
-        return Round(int(record["step"]), picture) if picture else None
+        made = gaps.attempt(f"picture {picture.name}", make)
+        return Round(picture.step, made) if made else None
 
     shown = list(by_index.values())[:PROMPTS]
     ends = [
-        (thumbnail(group[0], PICTURE_EDGE) if len(group) > 1 else None, thumbnail(group[-1], PICTURE_EDGE))
+        (
+            thumbnail(group[0], PICTURE_EDGE) if len(group) > 1 or group[0].step == 0 else None,
+            thumbnail(group[-1], PICTURE_EDGE) if len(group) > 1 or group[0].step > 0 else None,
+        )
         for group in shown
     ]
     pairs = []
     for group, (before, after) in zip(shown, ends, strict=True):
         middle = group[1:-1]
         taken = middle if len(middle) <= ROUNDS else [middle[index * len(middle) // ROUNDS] for index in range(ROUNDS)]
-        between = [made for record in taken if (made := thumbnail(record, ROUND_EDGE)) is not None]
-        pairs.append(Pair(wording.shortened(str(group[-1].get("prompt", "")), 600), before, after, between))
+        between = [made for picture in taken if (made := thumbnail(picture, ROUND_EDGE)) is not None]
+        pairs.append(Pair(wording.shortened(group[-1].prompt, 600), before, after, between))
     return pairs, len(by_index) - len(shown)

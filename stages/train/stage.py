@@ -23,7 +23,7 @@ class TrainStage(Stage):
     version = 1
     hardware = "gpu"
     needs = (Need("download", "pairs"), Need("latents"), Need("embeds"))
-    summary = "train the LoRA adapter by flow matching on the frozen, quantised base"
+    summary = "trains the LoRA adapter by flow matching on the frozen, quantised base"
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         config = setting.config

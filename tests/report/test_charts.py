@@ -11,7 +11,7 @@ import pytest
 from stages.core.artifact import Manifest, Refusal, Shard
 from stages.report import wording
 from stages.report.build import RunRecord
-from stages.report.charts import Line, bar, line_chart, smoothed, thinned, ticks, usual_range
+from stages.report.charts import Line, bar, labels, line_chart, smoothed, thinned, ticks, usual_range
 from stages.report.datasets import bucket_rows, choose_crops, group_refusals
 from stages.report.timeline import rows
 from stages.report.training import sigma_density
@@ -134,3 +134,15 @@ def test_numbers_are_said_as_people_read_them() -> None:
 def test_secrets_in_addresses_are_left_out() -> None:
     text = wording.without_secrets("GET https://me:pw@host.example/a/b.tar?Signature=1&x=2 failed with hf_abcdefgh1234")
     assert text == "GET https://host.example/a/b.tar?... failed with hf_..."
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 2.5, 5.0], ["0", "2.5", "5"]),
+        ([1.06212, 1.06214, 1.06216], ["1.06212", "1.06214", "1.06216"]),
+        ([100000.0, 100000.25, 100000.5], ["100000", "100000.25", "100000.5"]),
+    ],
+)
+def test_labels_of_an_axis_are_told_apart(values: list[float], expected: list[str]) -> None:
+    assert labels(values) == expected

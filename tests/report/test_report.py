@@ -269,3 +269,36 @@ def test_a_report_without_a_run_takes_what_was_made_last(tmp_path: Path) -> None
     assert found["bucket[rings]"].manifest == manifest
     assert found["train"].action == "not run"
     check_is_safe(Page(build_report(run.pipeline, list(found.values()))))
+
+
+def test_a_report_without_a_run_says_what_is_not_up_to_date(tmp_path: Path) -> None:
+    run = make_run(tmp_path, images=8)
+    made: dict[str, Manifest] = {}
+    for record in run.records:  # as after a pipeline: each is made from the one before
+        assert record.manifest is not None
+        inputs = {
+            f"{node.label}.{need.facet}": made[node.label].digest(need.facet)
+            for need in run.pipeline.stage(record.stage).needs
+            for node in run.pipeline.nodes_of(need.stage)
+        }
+        manifest = record.manifest.model_copy(update={"inputs": inputs})
+        made[record.label] = run.pipeline.store.commit(manifest, replace=True)
+        run.pipeline.remember(run.pipeline.node(record.label), manifest)
+    found = records_in_store(run.pipeline)
+    assert not any(record.outdated for record in found)
+    assert "up to date Trained for 300 steps" in Page(build_report(run.pipeline, found)).text
+    grown = made["download[rings]"].model_copy(
+        update={"facets": {**made["download[rings]"].facets, "pixels": "0" * 64}}
+    )
+    run.pipeline.store.commit(grown, replace=True)
+    found = records_in_store(run.pipeline)
+    assert [record.label for record in found if record.outdated] == [
+        "bucket[rings]",
+        "latents[rings]",
+        "train",
+        "publish",
+    ]
+    page = Page(build_report(run.pipeline, found))
+    assert "Older than its settings or inputs: bucket[rings], latents[rings], train, publish. The next run" in page.text
+    assert "found in the store, made from an older download[rings]" in page.text
+    assert "not up to date Trained for 300 steps" in page.text
