@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
+from flows.reporting import artifact_key
 from stages.core.artifact import Manifest
 from stages.pipeline import Pipeline
 from stages.report.missing import Gaps
@@ -26,11 +27,6 @@ _CHART_STYLE = (
     ".main{stroke:#4453d6}.second{stroke:#0b8a72}.faint{stroke:#b9c0ee}.mark{stroke:none}circle.main{fill:#4453d6}"
     "circle.second{fill:#0b8a72}.area{stroke:none;fill:#4453d6;opacity:.12}.paper{fill:#fff}"
 )
-
-
-def artifact_key(*parts: str) -> str:
-    """A key as Prefect wants it: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def show_training(pipeline: Pipeline, manifest: Manifest) -> None:
@@ -84,7 +80,9 @@ def attempted(what: str, show: Callable[[], None]) -> None:
 
 def _counts(manifest: Manifest | None) -> str:
     return (
-        ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in manifest.counts.items()) if manifest else ""
+        ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in manifest.counts.items() if count)
+        if manifest
+        else ""
     )
 
 

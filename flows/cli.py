@@ -61,6 +61,8 @@ def run(
                 return
         os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
         os.environ.setdefault("DO_NOT_TRACK", "1")
+        # The server that Prefect starts beside a run takes long to come up on a busy machine.
+        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
         if not verbose:
             # Prefect's server gets all log lines; this terminal has bars and messages of its own.
             os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

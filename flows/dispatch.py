@@ -21,6 +21,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
+from prefect.utilities.urls import url_for
 
 from flows.child import is_leaving
 from flows.stage import ARTIFACT, TRANSIENT
@@ -74,6 +75,9 @@ def dispatch(
     while waiting:
         started = {share: _start(node, fingerprint, config, inputs, deployment, share, force) for share in waiting}
         runs = [run for run, _ in started.values()]
+        for run_id, joined in started.values():
+            text = "joins a run that is under way" if joined else "runs through its own deployment"
+            reporter.emit(Message(node.label, "info", f"{node} {text}: {_page(run_id)}"))
         try:
             finished = _wait(node, runs, reporter)
         finally:
@@ -239,6 +243,11 @@ def _read(call: Callable[[], T]) -> T:
                 raise
             time.sleep(POLL_S)
     raise AssertionError("not reached")
+
+
+def _page(run_id: UUID) -> str:
+    """Where the run's own page is, with its logs; its id where no page is known."""
+    return url_for("flow-run", obj_id=run_id) or str(run_id)
 
 
 def _broke_off(run: FlowRun) -> bool:

@@ -73,7 +73,7 @@ def stage_task(label: str, config: Config, upstream: list[Made], force: bool) ->
     made_before = {name: reference for made in upstream for name, reference in made.items()}
     # A second try after a transient failure keeps what the first one finished.
     force = force and task_run.get_run_count() <= 1
-    reporter, started_at = reporter_for_run(), time.time()
+    reporter, started_at = reporter_for_run(config.name), time.time()
 
     def note(action: Action, reason: str, manifest: Manifest | None = None) -> None:
         seconds = time.time() - started_at
@@ -138,7 +138,7 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
 )
 def check_task(label: str, config: Config) -> Made:
     """Has a stage that comes last look, where it will run, whether it could: before a GPU works for it in vain."""
-    pipeline, reporter, started_at = Pipeline.open(config), reporter_for_run(), time.time()
+    pipeline, reporter, started_at = Pipeline.open(config), reporter_for_run(config.name), time.time()
     node = pipeline.node(label)
     try:
         name = config.flow.deployment.format(stage=node.stage)
@@ -193,13 +193,15 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
     checks: dict[Node, PrefectFuture[Any]] = {}
     try:
         for node in dict.fromkeys(node for nodes in checked.values() for node in nodes):
-            checks[node] = check.submit(node.label, pipeline.config)
+            checks[node] = check.with_options(name=f"check {node.label}").submit(node.label, pipeline.config)
         for node in pipeline.order:
             # Futures become results when the task starts; handing them over is what draws the graph. Only the nearest
             # ones: each brings what it was made from, so that a stage can judge all of its data before it starts.
             upstream: list[Any] = [futures[source] for source in pipeline.nearest(node)]
             upstream += [checks[later] for later in checked.get(node, [])]
-            futures[node] = task_.submit(node.label, pipeline.config, upstream, bool(names & {node.stage, node.label}))
+            forced = bool(names & {node.stage, node.label})
+            # Until a task starts, Prefect's pages show the name of its function.
+            futures[node] = task_.with_options(name=node.label).submit(node.label, pipeline.config, upstream, forced)
         for future in [*checks.values(), *futures.values()]:
             future.wait()
     except BaseException:  # cancelled, evicted or interrupted: the stages save what they have
@@ -238,11 +240,12 @@ def _gates(pipeline: Pipeline, node: Node, planned: Sequence[Node]) -> list[Node
 
 
 def _name_run(pipeline: Pipeline, planned: Sequence[Node]) -> None:
-    """A list of runs says what each of them is for: 'photos: train, publish'."""
+    """A list of runs says what each of them is for: 'photos: train, publish'; they are found by a tag, too."""
     stages = list(dict.fromkeys(node.stage for node in planned))
     what = "everything" if len(stages) == len(pipeline.stages) else ", ".join(stages) or "nothing to do"
+    tags = {*(flow_run.get_tags() or []), f"config:{pipeline.config.name}"}
     with get_client(sync_client=True) as client:
-        client.update_flow_run(UUID(str(flow_run.get_id())), name=f"{pipeline.config.name}: {what}")
+        client.update_flow_run(UUID(str(flow_run.get_id())), name=f"{pipeline.config.name}: {what}", tags=sorted(tags))
 
 
 def _known(pipeline: Pipeline, names: set[str]) -> None:

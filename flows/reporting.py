@@ -44,9 +44,14 @@ def shown_on(reporter: Reporter) -> Iterator[None]:
 
 
 class PrefectReporter:
-    """Events as log lines and progress artifacts of the current task run."""
+    """Events as log lines and progress artifacts of the current run.
 
-    def __init__(self) -> None:
+    Args:
+        name: of the configuration: its artifacts are told from others' by it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.logger = get_run_logger()
         self._bars: dict[str, UUID] = {}
         self._shown: dict[str, float] = {}
@@ -72,30 +77,40 @@ class PrefectReporter:
 
     def _show(self, event: Progress) -> None:
         now = time.monotonic()
+        # 'held-out loss, step 250' is the same bar again: a training of days has a handful of bars, not thousands.
+        bar = event.task.partition(",")[0]
         finished = event.done >= event.total
-        if not finished and now - self._shown.get(event.task, -UPDATE_EVERY_S) < UPDATE_EVERY_S:
+        if not finished and now - self._shown.get(bar, -UPDATE_EVERY_S) < UPDATE_EVERY_S:
             return
-        self._shown[event.task] = now
+        self._shown[bar] = now
         share = 100.0 * event.done / event.total if event.total else 100.0
         rate = f", {event.rate:.1f} {event.unit}/s" if event.rate else ""
         text = f"{event.task}: {event.done:,} of {event.total:,} {event.unit}{rate} {event.note}".strip()
         try:
-            if event.task in self._bars:
-                update_progress_artifact(artifact_id=self._bars[event.task], progress=share, description=text)
+            if bar in self._bars:
+                update_progress_artifact(artifact_id=self._bars[bar], progress=share, description=text)
             else:
-                key = re.sub(r"[^a-z0-9]+", "-", f"{event.stage}-{event.task}".lower()).strip("-")
+                key = artifact_key(self.name, event.stage, bar)
                 made = create_progress_artifact(progress=share, key=key, description=text)
-                self._bars[event.task] = made  # type: ignore[assignment]
+                self._bars[bar] = made  # type: ignore[assignment]
         except Exception as error:  # showing progress must never cost the work that it shows
             self.logger.debug("progress artifact: %s", error)
 
 
-def reporter_for_run() -> Reporter:
-    """Where the events of the current task run go: Prefect, and the terminal of `loraline run`.
+def artifact_key(*parts: str) -> str:
+    """A key as Prefect wants it: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+def reporter_for_run(name: str) -> Reporter:
+    """Where the events of the current run go: Prefect, and the terminal of `loraline run`.
 
     Outside a run (a unit test that calls a task's function) only the terminal.
+
+    Args:
+        name: of the configuration.
     """
     try:
-        return Both(PrefectReporter(), *_terminal)
+        return Both(PrefectReporter(name), *_terminal)
     except MissingContextError:
         return Both(*_terminal)

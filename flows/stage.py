@@ -55,7 +55,7 @@ def stage_flow(
     """
     pipeline = Pipeline.open(config)
     node = pipeline.node(label)
-    reporter = reporter_for_run()
+    reporter = reporter_for_run(config.name)
     start_over()
     try:
         share = Slice.parse(slice) if slice else None

@@ -172,8 +172,8 @@ def doctor(
 
     with told_kindly():
         section = load_config(config, sets or []).store if config else None
-    if store and section is None:
-        section = StoreSection(url=store)
+        if store:
+            section = section.model_copy(update={"url": store}) if section else StoreSection(url=store)
     raise typer.Exit(0 if examination.report(examination.Options(gpu, section), as_json) else 1)
 
 

@@ -6,9 +6,9 @@ Each section lives beside the stage that reads it; this file only puts them toge
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stages.bucket.config import BucketOverrides, BucketSection
 from stages.core import config as machinery
@@ -22,8 +22,17 @@ from stages.publish.config import PublishSection
 from stages.train.config import TrainSection, ValidationSection
 
 
+def _source_as_choice(schema: dict[str, Any]) -> None:
+    # Forms know "any of these" and offer a choice; for "one of these" they show a box for JSON.
+    source = schema["properties"]["source"]
+    source["anyOf"] = source.pop("oneOf")
+    source.pop("discriminator")
+
+
 class DatasetSection(Section):
     """One data set: where its images and captions are, and how it is cropped and repeated."""
+
+    model_config = ConfigDict(json_schema_extra=_source_as_choice)
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,47}$")
     """Short unique name: lower-case letters, digits, '-' and '_'."""

@@ -35,7 +35,7 @@ class BucketStage(MapStage):
     version = 1
     per_dataset = True
     needs = (Need("download", "pixels"),)
-    summary = "decode, turn upright, scale and crop every image to an aspect bucket"
+    summary = "decodes, turns upright, scales and crops every image to an aspect bucket"
 
     def settings(self, setting: Setting) -> dict[str, Any]:
         fields = section_of(setting).model_dump(exclude={"processes", "workers", "max_refused_share"})
