@@ -137,7 +137,7 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
     persist_result=False,
 )
 def check_task(label: str, config: Config) -> Made:
-    """Has a stage that comes last look, where it will run, whether it could: before a GPU works for it in vain."""
+    """Has a stage that comes later look, where it will run, whether it could: before a GPU works for it in vain."""
     pipeline, reporter, started_at = Pipeline.open(config), reporter_for_run(config.name), time.time()
     node = pipeline.node(label)
     try:
@@ -229,10 +229,10 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
 
 
 def _gates(pipeline: Pipeline, node: Node, planned: Sequence[Node]) -> list[Node]:
-    """The first stages on a GPU that work for a node which runs on another machine without one: publish, say."""
-    elsewhere = pipeline.config.flow.executor_of(node.stage) == "deployment"
-    if not elsewhere or pipeline.stage(node.stage).hardware == "gpu":
-        return []
+    """The first stages on a GPU that would work in vain if this node, which comes after them and runs on another
+    machine, turned out not to be able to run."""
+    if pipeline.config.flow.executor_of(node.stage) != "deployment":
+        return []  # checked here already
     heavy = [source for source in pipeline.ancestors(node) if pipeline.stage(source.stage).hardware == "gpu"]
     if not set(heavy) & set(planned):
         return []

@@ -91,7 +91,13 @@ class Site:
     # -- the server -------------------------------------------------------------------------------------------------
 
     def call(self, method: str, path: str, **body: Any) -> Any:
-        answer = httpx.request(method, f"{self.server.url}{path}", json=body or None, timeout=30)
+        for _ in range(20):
+            answer = httpx.request(method, f"{self.server.url}{path}", json=body or None, timeout=30)
+            if (
+                answer.status_code != httpx.codes.SERVICE_UNAVAILABLE
+            ):  # its database is busy: Prefect's client waits, too
+                break
+            time.sleep(1)
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 
@@ -152,3 +158,13 @@ def kill_stage(workers: list[subprocess.Popen[bytes]], stage: str) -> None:
         return False
 
     until(f"a process of {stage}", killed, every_s=0.1)
+
+
+def evict(workers: list[subprocess.Popen[bytes]], run_id: str) -> None:
+    """Asks the process of a flow run to leave, as a spot machine or a drained node does."""
+    for worker in workers:
+        for process in psutil.Process(worker.pid).children():
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == run_id:
+                process.terminate()
+                return
+    raise AssertionError(f"no worker has a process for the run {run_id}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stages.pipeline import Node, Pipeline
-from tests.flows.site import Site, apply, kill_stage, until
+from tests.flows.site import Site, apply, evict, kill_stage, until
 from tests.servers.prefect import prefect_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.kill, pytest.mark.deployments]
@@ -39,6 +39,7 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         assert new() == [
             "bucket[blots]",
             "check publish",
+            "check train",
             "download[blots]",
             "embeds",
             "latents[blots] 0/2",
@@ -91,20 +92,29 @@ def test_a_machine_that_dies_in_the_middle_of_latents(site: Site) -> None:
     assert sorted(names) == ["bucket[blots]", "download[blots]"]
 
 
-def test_two_pipelines_at_once_share_their_stage_runs(site: Site) -> None:
-    config = site.config()
-    with site.workers():
+def test_two_pipelines_at_once_share_their_stage_runs_and_an_evicted_one_goes_on(site: Site) -> None:
+    config = site.config(pictures=60)
+    with site.workers() as workers:
         first, second = site.start(config), site.start(config)
+        until("a shard of latents", site.memos, every_s=0.2)
+        (latents,) = [run for run, name in site.stage_runs(config).items() if name == "latents[blots]"]
+        evict(workers, latents)
+        kept = site.memos()
         assert [site.wait(run)["type"] for run in (first, second)] == ["COMPLETED", "COMPLETED"]
     names = [name for name in site.stage_runs(config).values() if not name.startswith("check")]
-    assert sorted(names) == sorted(ALL), "a stage ran twice"
+    assert sorted(names) == sorted(ALL), "a stage had more than one run"
+    assert site.run(latents)["run_count"] == 2
+    times = site.memos()
+    assert {name: times[name] for name in kept} == kept, "a finished shard was encoded again"
 
 
-def test_what_the_last_stage_would_refuse_is_found_before_a_gpu_works_for_it(site: Site, tmp_path: Path) -> None:
+def test_what_later_stages_would_refuse_is_found_before_a_gpu_works_for_them(site: Site, tmp_path: Path) -> None:
     (tmp_path / "published").write_text("a file where publish wants a folder")
-    config = site.config()
+    config = site.config(train={"lora": {"targets": ["to_nowhere"]}})
     with site.workers():
         state = site.wait(site.start(config))
     assert state["type"] == "FAILED"
     assert f"publish.path: {tmp_path / 'published'} is a file" in state["message"], state
-    assert sorted(site.stage_runs(config).values()) == ["bucket[blots]", "check publish", "download[blots]"]
+    assert "to_nowhere" in state["message"], state
+    expected = ["bucket[blots]", "check publish", "check train", "download[blots]"]
+    assert sorted(site.stage_runs(config).values()) == expected
