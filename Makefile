@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml docker/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint docker/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint docker/constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint docker/constraints.txt --editable ".[dev,deploy]"
 	@touch $@
 
 demo: install

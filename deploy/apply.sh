@@ -1,6 +1,7 @@
 #!/bin/sh
-# deploy/apply.sh KIND [GPUS]: makes the work pools cpu and gpu of a kind (process, docker, kubernetes, ecs, vertex) and
-# all deployments. May be run again at any time: pools and deployments are updated.
+# deploy/apply.sh KIND [GPUS]: makes the work pools cpu and gpu of a kind (process, docker, kubernetes, ecs, vertex), all
+# deployments, and what ends runs that nobody works on. May be run again at any time: everything is updated, sensors
+# (deploy/sensor.py) with their configurations and schedules kept.
 #
 # PREFECT_API_URL      the server
 # LORALINE_IMAGE       the image of target cpu; LORALINE_GPU_IMAGE that of target cuda or rocm (the same one if unset)
@@ -33,3 +34,5 @@ done
 prefect work-pool set-concurrency-limit gpu "$gpus"
 cd "$here/.."
 prefect --no-prompt deploy --all --prefect-file deploy/prefect.yaml
+python deploy/sensor.py --renew
+python deploy/automations.py

@@ -38,8 +38,12 @@ WRITABLE = "/tmp"  # noqa: S108 (a mount of its own in every container)
 SHARED = "/dev/shm"  # noqa: S108 (as above)
 # Time to write a checkpoint (25 s), to upload it, and to tell the server.
 GRACE_S = 90
+# A run whose machine is gone is known by its silence: deploy/automations.yaml waits for four of these signs of life.
+# Thirty seconds is the shortest time that Prefect takes.
+SIGNS_OF_LIFE = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
 # A container that is asked to leave (spot, eviction, drain) gives its run back to be started again elsewhere.
 ENVIRONMENT = {
+    **SIGNS_OF_LIFE,
     "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule",
     "PREFECT_HOME": f"{WRITABLE}/loraline/prefect",
 }
@@ -48,6 +52,7 @@ ENVIRONMENT = {
 def process(template: Template, gpu: bool) -> None:
     """Runs in the worker's own environment; image and resources are the worker's."""
     variables = template["variables"]["properties"]
+    variables["env"]["default"] = SIGNS_OF_LIFE
     # A temporary folder would hide the store of a relative file:// URL.
     variables["working_dir"]["description"] = "Where runs start; relative paths in a configuration are relative to it."
 
@@ -120,12 +125,18 @@ def kubernetes(template: Template, gpu: bool) -> None:
     variables["priority_class"] = _text("Priority class of the pod.", None)
     variables["runtime_class"] = _text("Runtime class of the pod (some clusters want 'nvidia').", None)
     variables["image_pull_secrets"] = _value("array", "Secrets to pull the image with.", [])
+    variables["pod_annotations"] = _value(
+        "object",
+        "Annotations of the pod; by default autoscalers do not move it to tidy up.",
+        {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"},
+    )
     resources: dict[str, Any] = {"memory": "{{ memory }}", "ephemeral-storage": "{{ scratch }}"}
     if gpu:
         variables["gpus"] = _text("GPUs for each pod.", "1")
         resources["nvidia.com/gpu"] = "{{ gpus }}"
     manifest = job["job_manifest"]
     manifest["spec"]["activeDeadlineSeconds"] = "{{ timeout_s }}"
+    manifest["spec"]["template"]["metadata"] = {"annotations": "{{ pod_annotations }}"}
     pod = manifest["spec"]["template"]["spec"]
     # The default template has these two in the pod, where Kubernetes does not know them; they belong to the job.
     manifest["spec"]["completions"], manifest["spec"]["parallelism"] = pod.pop("completions"), pod.pop("parallelism")

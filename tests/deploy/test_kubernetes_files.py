@@ -52,6 +52,47 @@ def test_every_pod_passes_the_restricted_security_standard(objects: list[dict[st
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_memory_is_asked_for_as_much_as_may_be_used(objects: list[dict[str, Any]]) -> None:
+    """Nothing of this is then the first that a node under pressure throws out."""
+    for entry in objects:
+        if entry["kind"] in ("Deployment", "StatefulSet"):
+            (container,) = entry["spec"]["template"]["spec"]["containers"]
+            resources = container["resources"]
+            assert resources["requests"]["memory"] == resources["limits"]["memory"], entry["metadata"]["name"]
+
+
+def test_the_server_asks_for_a_password_that_workers_have_and_jobs_refer_to(objects: list[dict[str, Any]]) -> None:
+    by_name = {entry["metadata"]["name"]: entry for entry in objects if entry["kind"] == "Deployment"}
+    reference = {"secretKeyRef": {"name": "prefect-api", "key": "auth-string"}}
+    for name, variable in (
+        ("prefect-server", "PREFECT_SERVER_API_AUTH_STRING"),
+        ("worker-cpu", "PREFECT_API_AUTH_STRING"),
+        ("worker-gpu", "PREFECT_API_AUTH_STRING"),
+    ):
+        environment = by_name[name]["spec"]["template"]["spec"]["containers"][0]["env"]
+        assert {"name": variable, "valueFrom": reference} in environment
+        if name.startswith("worker"):
+            values = {entry["name"]: entry.get("value") for entry in environment}
+            prefix = "PREFECT_INTEGRATIONS_KUBERNETES_WORKER_API_AUTH_STRING_SECRET"
+            assert (values[f"{prefix}_NAME"], values[f"{prefix}_KEY"]) == ("prefect-api", "auth-string")
+
+
+def test_database_and_server_hear_only_those_who_need_them(objects: list[dict[str, Any]]) -> None:
+    policies = {entry["metadata"]["name"]: entry["spec"] for entry in objects if entry["kind"] == "NetworkPolicy"}
+    pods = {
+        tuple(entry["spec"]["template"]["metadata"]["labels"].items())
+        for entry in objects
+        if entry["kind"] in ("Deployment", "StatefulSet")
+    }
+    (database,) = policies["postgres"]["ingress"]
+    assert database["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "prefect-server"}}}]
+    (server,) = policies["prefect-server"]["ingress"]
+    assert server["from"] == [{"podSelector": {}}], "pods of this namespace"
+    for policy in policies.values():
+        assert policy["policyTypes"] == ["Ingress"]
+        assert tuple(policy["podSelector"]["matchLabels"].items()) in pods, "it is about a pod that there is"
+
+
 def test_no_secret_is_in_the_files_and_nobody_may_read_them_all(objects: list[dict[str, Any]]) -> None:
     assert "Secret" not in {entry["kind"] for entry in objects}
     assert not {"ClusterRole", "ClusterRoleBinding"} & {entry["kind"] for entry in objects}

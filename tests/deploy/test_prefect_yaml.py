@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +12,20 @@ from prefect.flows import load_flow_from_entrypoint
 
 from stages.registry import STAGES
 from tests.deploy.rendering import ROOT, template
+from tests.deploy.site import post as _post  # noqa: F401 (tests/docker/test_worker.py takes these two from here)
+from tests.deploy.site import start_server as _start_server  # noqa: F401
 
 PREFECT_YAML = ROOT / "deploy" / "prefect.yaml"
 
 
 @pytest.fixture(scope="module")
 def deployments() -> dict[str, dict[str, Any]]:
+    """All that the file deploys, and the definition of a sensor under its placeholder's name."""
     tree = yaml.safe_load(PREFECT_YAML.read_text(encoding="utf-8"))
-    PrefectYamlModel.model_validate(tree)
-    names = [entry["name"] for entry in tree["deployments"]]
-    assert len(names) == len(set(names))
-    return {entry["name"]: entry for entry in tree["deployments"]}
+    entries = [*tree["deployments"], tree["definitions"]["watch"]]
+    PrefectYamlModel.model_validate({**tree, "deployments": entries})
+    assert len(entries) == len({entry["name"] for entry in entries})
+    return {entry["name"]: entry for entry in entries}
 
 
 def test_every_stage_has_one_deployment_on_its_hardware(deployments: dict[str, dict[str, Any]]) -> None:
@@ -37,7 +35,7 @@ def test_every_stage_has_one_deployment_on_its_hardware(deployments: dict[str, d
         entry = of_stages[stage.name]
         assert entry["work_pool"]["name"] == stage.hardware, stage.name
         assert entry["description"] == stage.summary, stage.name
-    assert set(deployments) - set(of_stages) == {"pipeline", "watch"}
+    assert set(deployments) - set(of_stages) == {"pipeline", "watch", "NAME"}
 
 
 @pytest.mark.parametrize(
@@ -72,94 +70,19 @@ def test_job_variables_are_those_of_the_kubernetes_pools(deployments: dict[str, 
             assert known[key]["type"] == {str: "string", int: "integer", dict: "object"}[type(value)], key
 
 
-def test_the_sensor_sleeps_until_it_is_woken_and_never_runs_twice_at_once(
-    deployments: dict[str, dict[str, Any]],
-) -> None:
-    watch = deployments["watch"]
-    assert [schedule["active"] for schedule in watch["schedules"]] == [False]
-    assert watch["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+def test_only_a_sensor_with_a_configuration_starts_by_itself(deployments: dict[str, dict[str, Any]]) -> None:
+    by_themselves = {name for name, entry in deployments.items() if entry.get("schedules") or entry.get("triggers")}
+    assert by_themselves == {"NAME"}
+    for name in ("watch", "NAME"):
+        assert deployments[name]["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+
+
+def test_no_event_is_missed_between_the_window_of_a_burst_and_the_check(deployments: dict[str, dict[str, Any]]) -> None:
+    (trigger,) = deployments["NAME"]["triggers"]
+    assert trigger["schedule_after"] >= trigger["within"], "a file that comes after the check has begun would wait"
 
 
 def test_nothing_is_said_twice() -> None:
     lines = [line.strip() for line in PREFECT_YAML.read_text(encoding="utf-8").splitlines()]
     assert sum(line.startswith("image:") for line in lines) == 2
     assert sum("flows.stage.stage_flow" in line for line in lines) == 1
-
-
-@pytest.mark.slow
-def test_prefect_takes_all_of_them(tmp_path: Path) -> None:
-    """`deploy/apply.sh process` against a server of its own: pools, limits and deployments are there afterwards."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PREFECT_HOME": str(tmp_path),
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        "PREFECT_LOGGING_LEVEL": "ERROR",
-        "LORALINE_REVISION": "abc123",
-    }
-    server, address = _start_server(environment)
-    try:
-        environment["PREFECT_API_URL"] = address
-        for _ in range(2):  # it may be run again at any time
-            applied = subprocess.run(
-                ["sh", str(ROOT / "deploy" / "apply.sh"), "process", "2"],
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            assert applied.returncode == 0, applied.stdout + applied.stderr
-        found = {entry["name"]: entry for entry in _post(address, "deployments/filter")}
-        assert set(found) == {*(stage.name for stage in STAGES), "pipeline", "watch"}
-        assert {entry["version"] for entry in found.values()} == {"abc123"}
-        assert found["train"]["work_pool_name"] == "gpu"
-        assert found["train"]["pull_steps"] in ([], None)
-        assert found["train"]["job_variables"]["memory"] == "64G"
-        assert "config" in found["pipeline"]["parameter_openapi_schema"]["properties"]
-        pools = {entry["name"]: entry for entry in _post(address, "work_pools/filter")}
-        assert pools["gpu"]["concurrency_limit"] == 2
-        assert pools["cpu"]["concurrency_limit"] is None
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def _start_server(environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], str]:
-    import socket
-    import time
-    import urllib.request
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}/api"
-    for _ in range(240):
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return server, address
-        except OSError:
-            time.sleep(0.5)
-    server.kill()
-    raise AssertionError("the server did not come up")
-
-
-def _post(address: str, path: str) -> list[dict[str, Any]]:
-    import urllib.request
-
-    request = urllib.request.Request(
-        f"{address}/{path}", data=b"{}", headers={"content-type": "application/json"}, method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return list(json.loads(answer.read()))

@@ -64,6 +64,9 @@ def test_kubernetes_gpu_job() -> None:
     pod = pod_of(manifest)
     container = pod["containers"][0]
     assert manifest["spec"]["backoffLimit"] == 0
+    assert manifest["spec"]["ttlSecondsAfterFinished"] == 86400
+    annotations = manifest["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
     assert container["image"] == IMAGE
     assert container["args"] == ["prefect", "flow-run", "execute"]
     assert "command" not in container, "the image's entry point stays"
@@ -100,6 +103,24 @@ def test_kubernetes_secrets_by_key() -> None:
     environment = pod_of(manifest)["containers"][0]["env"]
     assert reference in environment
     assert {"name": "A", "value": "b"} in environment
+
+
+def test_kubernetes_job_refers_to_the_servers_password() -> None:
+    import asyncio
+
+    from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+
+    worker = worker_class("kubernetes")(work_pool_name="gpu", create_pool_if_not_found=False)
+    with temporary_settings({PREFECT_API_AUTH_STRING: "admin:hidden"}):
+        configuration = rendered("kubernetes-gpu", image=IMAGE)
+    replace = worker._replace_env_variable_with_secret
+    asyncio.run(replace("PREFECT_API_AUTH_STRING", configuration, secret_name="prefect-api", secret_key="auth-string"))
+    environment = pod_of(configuration.job_manifest)["containers"][0]["env"]
+    assert {
+        "name": "PREFECT_API_AUTH_STRING",
+        "valueFrom": {"secretKeyRef": {"name": "prefect-api", "key": "auth-string"}},
+    } in environment
+    assert "hidden" not in json.dumps(configuration.job_manifest)
 
 
 def test_kubernetes_pod_passes_the_restricted_security_standard() -> None:
@@ -198,46 +219,31 @@ def test_process_ignores_what_it_does_not_know() -> None:
 # -- AWS ECS -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def aws(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """moto in the place of AWS; the client still checks every request against AWS's own service description."""
-    worker_class("ecs")  # skips here where the worker is not installed
-    moto = pytest.importorskip("moto", reason="pip install 'moto[ecs,ec2]'")
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(key, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    # Without a reset: the users and buckets of this process's moto server belong to other tests.
-    mock = moto.mock_aws()
-    mock.start(reset=False)
-    yield
-    mock.stop()
+def judge_by_aws(operation: str, request: dict[str, Any]) -> None:
+    """Holds a request against AWS's own description of the service, as its client does before it sends one."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    service = botocore.session.Session().get_service_model("ecs")
+    report = ParamValidator().validate(request, service.operation_model(operation).input_shape)
+    assert not report.has_errors(), report.generate_report()
 
 
 def ecs_requests(name: str, **variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The registered task definition and the request to run it."""
-    import boto3
-
+    """The task definition that is registered and the request to run it; nobody is asked."""
     worker_type = worker_class("ecs")
     configuration = rendered(name, image=IMAGE, execution_role_arn="arn:aws:iam::123456789012:role/ecs", **variables)
     worker = worker_type(work_pool_name=name, create_pool_if_not_found=False)
-    run = flow_run()
-    definition = worker._prepare_task_definition(configuration, region="us-east-1", flow_run=run)
-    client = boto3.client("ecs")
-    made = client.register_task_definition(**definition)["taskDefinition"]
-    worker._validate_task_definition(made, configuration)
-    request = worker._prepare_task_run_request(configuration, definition, made["taskDefinitionArn"], True)
-    operation = client.meta.service_model.operation_model("RunTask")
-    report = (
-        __import__("botocore.validate", fromlist=["ParamValidator"])
-        .ParamValidator()
-        .validate(request, operation.input_shape)
-    )
-    assert not report.has_errors(), report.generate_report()
-    return made, request
+    definition = worker._prepare_task_definition(configuration, region="us-east-1", flow_run=flow_run())
+    judge_by_aws("RegisterTaskDefinition", definition)
+    worker._validate_task_definition(definition, configuration)
+    arn = "arn:aws:ecs:us-east-1:123456789012:task-definition/loraline:1"
+    request = worker._prepare_task_run_request(configuration, definition, arn, True)
+    judge_by_aws("RunTask", request)
+    return definition, request
 
 
-def test_ecs_gpu_task_runs_on_the_capacity_provider(aws: None) -> None:
-    worker_class("ecs")
+def test_ecs_gpu_task_runs_on_the_capacity_provider() -> None:
     secret = {"name": "HF_TOKEN", "valueFrom": "arn:aws:secretsmanager:us-east-1:123456789012:secret:hub"}
     made, request = ecs_requests("ecs-gpu", gpus="4", secrets=[secret], memory="64G", cluster="training")
     container = made["containerDefinitions"][0]
@@ -255,14 +261,14 @@ def test_ecs_gpu_task_runs_on_the_capacity_provider(aws: None) -> None:
     assert {"name": "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR", "value": "reschedule"} in override["environment"]
 
 
-def test_ecs_cpu_task_runs_on_fargate(aws: None) -> None:
-    worker_class("ecs")
+def test_ecs_cpu_task_runs_on_fargate() -> None:
     network = {"subnets": ["subnet-1"], "securityGroups": ["sg-1"], "assignPublicIp": "DISABLED"}
     # awsvpc's addresses are looked up in the account: this part is given, as the account has no such network.
     configuration = rendered("ecs-cpu", image=IMAGE, vpc_id="vpc-1", network_configuration=network)
     assert configuration.network_configuration == network
     worker = worker_class("ecs")(work_pool_name="cpu", create_pool_if_not_found=False)
     definition = worker._prepare_task_definition(configuration, region="us-east-1", flow_run=flow_run())
+    judge_by_aws("RegisterTaskDefinition", definition)
     assert definition["requiresCompatibilities"] == ["FARGATE"]
     assert definition["networkMode"] == "awsvpc"
     assert definition["ephemeralStorage"] == {"sizeInGiB": 100}
