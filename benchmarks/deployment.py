@@ -28,8 +28,8 @@ from rich.table import Table
 
 from stages.config import Config
 from stages.pipeline import Pipeline
-from tests.flows.site import Site, apply
-from tests.servers.prefect import prefect_server
+from tests.deploy.site import applied
+from tests.flows.site import Site
 from tests.servers.s3 import moto_server
 
 
@@ -55,8 +55,8 @@ def main() -> None:
 
 
 def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
-    with moto_server() as s3, prefect_server(folder / "prefect") as server:
-        apply(server)
+    with moto_server() as s3, applied(folder / "prefect") as bare:
+        server = bare.server
         os.environ |= s3.environment()
         by_hand = Site(server, s3.with_new_bucket(), folder / "by-hand")
         times = _by_hand(by_hand, by_hand.config(pictures=images))
@@ -100,7 +100,7 @@ def _by_hand(site: Site, config: Config) -> dict[str, float]:
 
 
 def _ended(site: Site, config: Config) -> dict[str, Any]:
-    run = site.start(config)
+    run = site.begin(config)
     assert site.wait(run)["type"] == "COMPLETED", site.run(run)["state"]
     return site.run(run)
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.site import Site, apply
-from tests.servers.prefect import PrefectServer, prefect_server
+from tests.deploy.site import applied
+from tests.flows.site import Site
+from tests.servers.prefect import PrefectServer
 from tests.servers.s3 import S3Server
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
     """A server with deploy/ applied to it."""
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as server:
-        apply(server)
-        yield server
+    with applied(tmp_path_factory.mktemp("prefect")) as site:
+        yield site.server
 
 
 @pytest.fixture

@@ -1,11 +1,7 @@
-"""One place for a whole deployment: a real Prefect server with `deploy/` applied to it, workers, and a bucket.
-
-The tests talk to the server as its pages do, over HTTP: Prefect's own client reads its settings at import.
-"""
+"""One place for a whole deployment: a real Prefect server with `deploy/` applied to it, workers, and a bucket."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,26 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from stages.config import Config
 from stages.pipeline import Pipeline
+from tests.deploy import site as deploy
 from tests.pictures import draw_pictures, small_config
-from tests.servers.prefect import ROOT, PrefectServer
+from tests.servers.prefect import PrefectServer
 from tests.servers.s3 import S3Server
 
 DEADLINE_S = 420
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-GPUS = "2"
-
-
-def apply(server: PrefectServer) -> None:
-    """What deploy/README.md says: pools, deployments and automations, for processes on this machine."""
-    env = {**os.environ, **server.environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["sh", str(ROOT / "deploy" / "apply.sh"), "process", GPUS]
-    answer = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 def until(what: str, found: Callable[[], Any], deadline_s: float = DEADLINE_S, every_s: float = 0.5) -> Any:
@@ -46,12 +33,13 @@ def until(what: str, found: Callable[[], Any], deadline_s: float = DEADLINE_S, e
     return answer
 
 
-class Site:
+class Site(deploy.Site):
     """A server on which everything is deployed, a bucket of its own, and a folder of pictures."""
 
     def __init__(self, server: PrefectServer, s3: S3Server, folder: Path) -> None:
-        self.server, self.s3, self.folder = server, s3, folder
-        self.environment = {**server.environment(), **s3.environment(), "OMP_NUM_THREADS": "1"}
+        super().__init__(server)
+        self.s3, self.folder = s3, folder
+        self.environment |= {**s3.environment(), "OMP_NUM_THREADS": "1", "PREFECT_LOGGING_LEVEL": "INFO"}
 
     # -- what runs --------------------------------------------------------------------------------------------------
 
@@ -90,37 +78,23 @@ class Site:
 
     # -- the server -------------------------------------------------------------------------------------------------
 
-    def call(self, method: str, path: str, **body: Any) -> Any:
-        for _ in range(20):
-            answer = httpx.request(method, f"{self.server.url}{path}", json=body or None, timeout=30)
-            if (
-                answer.status_code != httpx.codes.SERVICE_UNAVAILABLE
-            ):  # its database is busy: Prefect's client waits, too
-                break
-            time.sleep(1)
-        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
-        return answer.json() if answer.content else None
-
-    def start(self, config: Config, deployment: str = "loraline/pipeline", **parameters: Any) -> str:
+    def begin(self, config: Config, deployment: str = "loraline/pipeline", **parameters: Any) -> str:
         """As `prefect deployment run` does; the id of the run."""
-        found = self.call("GET", f"/deployments/name/{deployment}")
-        parameters = {"config": config.model_dump(mode="json"), **parameters}
-        run = self.call("POST", f"/deployments/{found['id']}/create_flow_run", parameters=parameters)
-        return str(run["id"])
+        found = self.get(f"deployments/name/{deployment}")
+        return self.start(found["id"], {"config": config.model_dump(mode="json"), **parameters})
 
     def run(self, run_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.call("GET", f"/flow_runs/{run_id}")
+        found: dict[str, Any] = self.get(f"flow_runs/{run_id}")
         return found
 
     def wait(self, run_id: str) -> dict[str, Any]:
         """The state in which a run ended."""
-        until(f"the end of {run_id}", lambda: self.run(run_id)["state_type"] in FINAL)
-        state: dict[str, Any] = self.run(run_id)["state"]
-        return state
+        until(f"the end of {run_id}", lambda: self.state(run_id)["type"] in FINAL)
+        return self.state(run_id)
 
     def runs(self, config: Config) -> list[dict[str, Any]]:
         """All flow runs of this configuration, oldest first."""
-        found = self.call("POST", "/flow_runs/filter", limit=200, sort="EXPECTED_START_TIME_ASC")
+        found = self.post("flow_runs/filter", {"limit": 200, "sort": "EXPECTED_START_TIME_ASC"})
         return [run for run in found if run["parameters"].get("config", {}).get("name") == config.name]
 
     def stage_runs(self, config: Config) -> dict[str, str]:
@@ -129,15 +103,12 @@ class Site:
 
     def prefect(self, *arguments: str) -> None:
         """Prefect's own command line, as a person uses it."""
-        command = [sys.executable, "-m", "prefect", *arguments]
-        env = {**os.environ, **self.environment}
-        answer = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
+        self.command([sys.executable, "-m", "prefect", *arguments])
 
     def retry_as_the_page_does(self, run_id: str) -> None:
         """What the button Retry on the page of a run sends."""
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the UI"}
-        answer = self.call("POST", f"/flow_runs/{run_id}/set_state", state=state)
+        answer = self.post(f"flow_runs/{run_id}/set_state", {"state": state})
         assert answer["status"] == "ACCEPT", answer
 
 

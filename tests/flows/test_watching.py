@@ -18,7 +18,7 @@ def test_the_sensor_starts_a_run_only_when_something_is_new(site: Site) -> None:
     config = site.config(flow={"executor": "inline", "retries": 0})
 
     def check(**parameters: Any) -> tuple[str, str]:
-        state = site.wait(site.start(config, "watch/watch", **parameters))
+        state = site.wait(site.begin(config, "watch/watch", **parameters))
         return state["name"], state["message"]
 
     with site.workers():
@@ -43,14 +43,14 @@ def test_the_sensor_starts_a_run_only_when_something_is_new(site: Site) -> None:
 
 
 def _pipelines(site: Site, config: Config) -> list[str]:
-    deployment = site.call("GET", "/deployments/name/loraline/pipeline")["id"]
+    deployment = site.get("deployments/name/loraline/pipeline")["id"]
     return [run["id"] for run in site.runs(config) if run["deployment_id"] == deployment]
 
 
 def test_cancelling_the_pipeline_cancels_its_stage_runs(site: Site) -> None:
     config = site.config(pictures=60)
     with site.workers():
-        run = site.start(config)
+        run = site.begin(config)
         until("a shard of latents", lambda: site.memos(), every_s=0.2)
         site.prefect("flow-run", "cancel", run)
         assert site.wait(run)["type"] == "CANCELLED"
