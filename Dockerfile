@@ -24,17 +24,25 @@ RUN python3 requirements.py
 
 # A virtual environment to fill, and the smallest of init processes. Compilers may come here, never further.
 FROM ${BASE_IMAGE} AS build
-ENV PATH=/opt/venv/bin:$PATH \
+# uv installs as pip does, in a fraction of the time; of several indexes it shall take the best version, as pip does.
+ENV PATH=/opt/venv/bin:/opt/uv/bin:$PATH \
+    VIRTUAL_ENV=/opt/venv \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_CACHE_DIR=/var/cache/pip \
-    PIP_ROOT_USER_ACTION=ignore
+    PIP_ROOT_USER_ACTION=ignore \
+    UV_CACHE_DIR=/var/cache/uv \
+    UV_LINK_MODE=copy \
+    UV_INDEX_STRATEGY=unsafe-best-match \
+    SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 # Debian's mirrors keep only the newest version of a package: a pin would break the build one day.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/*
+ARG UV_VERSION=0.13.9
 RUN python3 -m venv /opt/venv \
+    && pip install --no-cache-dir --target /opt/uv "uv==$UV_VERSION" \
     && echo /opt/loraline > "$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/loraline.pth"
+COPY docker/prune.sh /usr/local/bin/prune-libraries
 COPY docker/compile.sh /usr/local/bin/compile-bytecode
 COPY docker/constraints.txt /opt/constraints.txt
 
@@ -42,22 +50,24 @@ COPY docker/constraints.txt /opt/constraints.txt
 FROM build AS build-cpu
 ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
 COPY --from=requirements /requirements/torch.txt /requirements/
-RUN --mount=type=bind,from=wheels,target=/wheels --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --find-links /wheels ${CPU_INDEX:+--extra-index-url "$CPU_INDEX"} \
+RUN --mount=type=bind,from=wheels,target=/wheels --mount=type=cache,target=/var/cache/uv \
+    uv pip install --find-links /wheels ${CPU_INDEX:+--extra-index-url "$CPU_INDEX"} \
         --constraint /opt/constraints.txt --requirement /requirements/torch.txt
 COPY --from=requirements /requirements/stages.txt /requirements/
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
+    && prune-libraries /opt/venv \
     && compile-bytecode /opt/venv
 
 
 FROM build AS build-cuda
 COPY --from=requirements /requirements/torch.txt /requirements/
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/torch.txt
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --constraint /opt/constraints.txt --requirement /requirements/torch.txt
 COPY --from=requirements /requirements/stages.txt /requirements/
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
+    && prune-libraries /opt/venv \
     && compile-bytecode /opt/venv
 
 
@@ -65,25 +75,27 @@ FROM build AS build-rocm
 # One of https://download.pytorch.org/whl/rocm*: which one goes with the pinned PyTorch, its own site says.
 ARG ROCM_INDEX
 COPY --from=requirements /requirements/torch.txt /requirements/
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --extra-index-url "${ROCM_INDEX:?give --build-arg ROCM_INDEX, see the Dockerfile}" \
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --extra-index-url "${ROCM_INDEX:?give --build-arg ROCM_INDEX, see the Dockerfile}" \
         --constraint /opt/constraints.txt --requirement /requirements/torch.txt
 COPY --from=requirements /requirements/stages.txt /requirements/
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --constraint /opt/constraints.txt --requirement /requirements/stages.txt \
+    && prune-libraries /opt/venv \
     && compile-bytecode /opt/venv
 
 
 FROM build AS build-worker
 COPY --from=requirements /requirements/worker.txt /requirements/
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip install --no-compile --constraint /opt/constraints.txt --requirement /requirements/worker.txt \
+RUN --mount=type=cache,target=/var/cache/uv \
+    uv pip install --constraint /opt/constraints.txt --requirement /requirements/worker.txt \
+    && prune-libraries /opt/venv \
     && compile-bytecode /opt/venv
 
 
 # loraline itself, the same for every target.
 FROM build AS code
-RUN --mount=type=cache,target=/var/cache/pip pip install --constraint /opt/constraints.txt 'setuptools>=77'
+RUN --mount=type=cache,target=/var/cache/uv uv pip install --constraint /opt/constraints.txt 'setuptools>=77'
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY stages stages

@@ -22,17 +22,19 @@ demo: install
 	test -d .loraline/demo-images || $(BIN)/python examples/demo/make_dataset.py .loraline/demo-images
 	$(BIN)/loraline run --config examples/demo/config.yaml
 
-# Two processes; whatever cannot be had on this machine (Ceph's packages, a Docker engine) is skipped with its reason.
+# Three processes on two cores: the tests with Prefect's server wait as much as they work. Whatever cannot be had on this
+# machine (Ceph's packages) is skipped with its reason.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not deployments and not docker"
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m "not docker"
 
-# Prefect's server, real workers, a process for each stage: some ten minutes.
+# Of these, the ones with Prefect's server, real workers and a process for each stage.
 test-deployments: install
 	$(BIN)/python -m pytest -m deployments
 
 # Builds the images and runs each stage in its own container; needs a Docker engine, or Debian's packages for one.
+DOCKER_TESTS ?= tests/docker
 test-docker: install
-	$(BIN)/python -m pytest -m "docker and not ceph"
+	$(BIN)/python -m pytest -m "docker and not ceph" $(DOCKER_TESTS)
 
 lint: install
 	$(BIN)/ruff check .

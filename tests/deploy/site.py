@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -112,41 +111,3 @@ def applied(home: Path) -> Iterator[Site]:
         site = Site(server)
         site.apply(gpus=2)
         yield site
-
-
-def start_server(environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], str]:
-    """A server with just this environment, for whoever ends it himself; its process and its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}/api"
-    for _ in range(240):
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return server, address
-        except OSError:
-            time.sleep(0.5)
-    server.kill()
-    raise AssertionError("the server did not come up")
-
-
-def post(address: str, path: str) -> list[dict[str, Any]]:
-    """The answer to an empty question, such as flow_runs/filter."""
-    request = urllib.request.Request(
-        f"{address}/{path}", data=b"{}", headers={"content-type": "application/json"}, method="POST"
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return list(json.loads(answer.read()))

@@ -12,8 +12,6 @@ from prefect.flows import load_flow_from_entrypoint
 
 from stages.registry import STAGES
 from tests.deploy.rendering import ROOT, template
-from tests.deploy.site import post as _post  # noqa: F401 (tests/docker/test_worker.py takes these two from here)
-from tests.deploy.site import start_server as _start_server  # noqa: F401
 
 PREFECT_YAML = ROOT / "deploy" / "prefect.yaml"
 

@@ -6,19 +6,24 @@ engine; builds and containers use the machine's network as it is. Environment:
 LORALINE_TEST_DOCKER     a folder to keep the daemon's images in between runs; else they are deleted afterwards
 LORALINE_TEST_IMAGE      a finished image of target cpu to test, in place of building one
 LORALINE_REQUIRE_DOCKER  1: no engine is a failure, not a skip
+
+`python -m tests.docker.engine` starts one and says so, or says why there is none.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 BASE_IMAGE = "python:3.11-slim-bookworm"
@@ -63,14 +68,27 @@ class Engine:
     def has(self, image: str) -> bool:
         return self.run("image", "inspect", image, check=False).returncode == 0
 
-    def build(self, target: str, tag: str, folder: Path = ROOT, arguments: Sequence[str] = ()) -> str:
+    def build(self, target: str, tag: str, folder: Path = ROOT, arguments: Mapping[str, str] | None = None) -> str:
         """Builds a target of the Dockerfile; what the builder said."""
-        options = ["--network", "host", "--build-arg", f"BASE_IMAGE={BASE_IMAGE}"]
-        if self.has(WHEELS_IMAGE):
-            options += ["--build-arg", f"WHEELS_IMAGE={WHEELS_IMAGE}", "--build-arg", "CPU_INDEX="]
-        for variable in arguments:
-            options += ["--build-arg", variable]
+        options = ["--network", "host"]
+        for name, value in {**self.build_arguments(), **(arguments or {})}.items():
+            options += ["--build-arg", f"{name}={value}"]
         return self.run("build", "--target", target, "--tag", tag, *options, ".", folder=folder).stderr
+
+    def build_arguments(self) -> dict[str, str]:
+        """Where the Dockerfile finds here what it takes from registries elsewhere."""
+        wheels = {"WHEELS_IMAGE": WHEELS_IMAGE, "CPU_INDEX": ""} if self.has(WHEELS_IMAGE) else {}
+        return {"BASE_IMAGE": BASE_IMAGE, **wheels}
+
+    def containers(self, label: str) -> list[dict[str, Any]]:
+        """All containers with a label, running or not, as the engine describes them."""
+        found = self.run("ps", "--all", "--quiet", "--filter", f"label={label}").stdout.split()
+        return list(json.loads(self.run("inspect", *found).stdout)) if found else []
+
+    def remove(self, label: str) -> None:
+        """Removes all containers with a label, running or not."""
+        for container in self.containers(label):
+            self.run("rm", "--force", "--volumes", container["Id"], check=False)
 
 
 @contextmanager
@@ -116,6 +134,8 @@ def running_engine() -> Iterator[Engine]:
                 engine.run("kill", *left, check=False)
             process.terminate()
             process.wait(60)
+        # The daemon leaves the machine's network mounted here, once a container has used it.
+        subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True, check=False)
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -157,3 +177,17 @@ def provide_wheels(engine: Engine) -> None:
             shutil.copyfile(wheel, Path(context) / wheel.name)
         (Path(context) / "Dockerfile").write_text("FROM scratch\nCOPY *.whl /\n")
         engine.run("build", "--tag", WHEELS_IMAGE, ".", folder=Path(context))
+
+
+def main() -> int:
+    try:
+        with running_engine() as engine:
+            print(f"a docker engine runs: {engine.run('version', '--format', '{{.Server.Version}}').stdout.strip()}")
+    except EngineUnavailableError as reason:
+        print(f"no docker engine: {reason}", file=sys.stderr)
+        return 69
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,6 +33,8 @@ if [ -n "$clean" ]; then
 fi
 # the official image has its Python in /usr/local/bin, and lets pip install into it
 hooks+=(--customize-hook='ln -s /usr/bin/python3 "$1/usr/local/bin/python"; ln -s /usr/bin/python3 "$1/usr/local/bin/python3"; rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED')
+# apt's own index of packages is a quarter of the image, and made again when it is wanted
+hooks+=(--customize-hook='rm -f "$1"/var/cache/apt/*.bin')
 mmdebstrap --quiet --variant=minbase --format=tar \
   --include=python3,python3-venv,python3-pip,ca-certificates \
   --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \

@@ -1,53 +1,23 @@
-"""Every stage alone in a container of its own: nothing but environment variables and object storage.
-
-The configuration lies in the bucket; pictures and model come from a Hub on loopback, and the adapter goes there. The
-containers share no volume, no user, no working folder.
-"""
+"""Every stage alone in a container of its own: nothing but environment variables and object storage."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from stages.config import Config
 from stages.core.store import Store
 from stages.pipeline import Pipeline
 from stages.registry import STAGES
 from tests.docker.conftest import REVISION
 from tests.docker.engine import Engine
-from tests.docker.test_images import LOCKED
-from tests.pictures import TINY_SD3, draw_pictures, small_config
+from tests.docker.running import LOCKED, as_options, configuration, secrets
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        pictures = draw_pictures(tmp_path / "pictures", 8)
-        server.add_dataset("user/blots", {path.name: path.read_bytes() for path in sorted(pictures.iterdir())})
-        files = {str(path.relative_to(TINY_SD3)): path.read_bytes() for path in TINY_SD3.rglob("*") if path.is_file()}
-        server.add_model("user/tiny-sd3", files)
-        yield server
-
-
-def configuration(s3: S3Server, precision: str) -> Config:
-    written = small_config(
-        Path("/nowhere"),
-        Path("/nowhere"),
-        store={"url": f"s3://{s3.bucket}/store", "cache_dir": "/tmp/loraline/cache"},
-        model={"pretrained_model_name_or_path": "user/tiny-sd3"},
-        datasets=[{"id": "blots", "source": {"type": "hub", "repo": "user/blots"}}],
-        train={"base_model_precision": precision},
-    )
-    record = written.model_dump(mode="json") | {"publish": {"target": "hub", "repo": "user/blots-lora"}}
-    return Config.model_validate(record)
 
 
 def test_six_containers_and_a_bucket(
@@ -56,9 +26,8 @@ def test_six_containers_and_a_bucket(
     # int4: the level whose kernels would have to be compiled, where there is no compiler.
     config = configuration(s3, "int4-quanto")
     s3.client().put_object(Bucket=s3.bucket, Key="config.yaml", Body=config.model_dump_json().encode())
-    environment = {**s3.environment(), **hub.environment()}
-    environment["HF_HOME"] = "/tmp/loraline/huggingface"
-    options = [f"--env={key}={value}" for key, value in environment.items()]
+    environment = secrets(s3, hub)
+    options = as_options(environment)
     seconds = {}
     for stage in STAGES:
         started = time.monotonic()
@@ -81,10 +50,10 @@ def test_six_containers_and_a_bucket(
         assert manifest.code_revision == REVISION
         assert all(Store(config.store).has(blob) for blob in [*manifest.shards, *manifest.files])
     assert any(name.endswith(".safetensors") for name in hub.files("user/blots-lora", kind="model"))
-    secrets = [environment["AWS_SECRET_ACCESS_KEY"].encode(), environment["HF_TOKEN"].encode()]
+    hidden = [environment["AWS_SECRET_ACCESS_KEY"].encode(), environment["HF_TOKEN"].encode()]
     for key in s3.keys():  # noqa: SIM118 (a method of the server, not of a mapping)
         content = s3.read(key)
-        assert not [secret for secret in secrets if secret in content], f"a secret is in {key}"
+        assert not [secret for secret in hidden if secret in content], f"a secret is in {key}"
     assert s3.unfinished_uploads() == []
 
     # All of it again finds everything done, from other machines, without a word between them.
@@ -95,19 +64,8 @@ def test_six_containers_and_a_bucket(
 
 
 def test_a_wrong_configuration_is_an_exit_code_and_one_message(engine: Engine, image: str, s3: S3Server) -> None:
-    options = [f"--env={key}={value}" for key, value in s3.environment().items()]
-    answer = engine.run(
-        "run",
-        "--rm",
-        *LOCKED,
-        *options,
-        image,
-        "stage",
-        "train",
-        "--config",
-        f"s3://{s3.bucket}/none.yaml",
-        check=False,
-    )
+    command = ["stage", "train", "--config", f"s3://{s3.bucket}/none.yaml"]
+    answer = engine.run("run", "--rm", *LOCKED, *as_options(s3.environment()), image, *command, check=False)
     assert answer.returncode == 78
     assert "none.yaml" in answer.stderr
     assert "Traceback" not in answer.stderr

@@ -1,177 +1,113 @@
-"""The whole pipeline through Prefect's docker worker: a server, two workers, and a container for every run."""
+"""The pipeline through Prefect's docker worker: a server, two workers, and a container for every run.
+
+The tests share server and bucket: what the first one made, the second need not make again.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages.registry import STAGES
-from tests.deploy.test_prefect_yaml import _post as post
-from tests.deploy.test_prefect_yaml import _start_server as start_server
-from tests.docker.engine import ROOT, Engine
-from tests.docker.test_stages import configuration, hub  # noqa: F401 (a fixture)
+from tests.docker.conftest import unavailable
+from tests.docker.engine import Engine
+from tests.docker.orchestra import Orchestra, named, orchestra, told, wait_s
+from tests.docker.running import configuration, secrets
 from tests.servers.hub import HubServer
 from tests.servers.s3 import S3Server
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.fixture
-def deploy_folder(image: str, s3: S3Server, hub: HubServer, tmp_path: Path) -> Path:  # noqa: F811
-    """A copy of deploy/ as one would have it for this engine: secrets, no GPU, a local image, a locked container."""
-    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
-    template = json.loads((ROOT / "deploy" / "work-pools" / "docker-cpu.json").read_text(encoding="utf-8"))
-    variables = template["variables"]["properties"]
-    secrets = {**s3.environment(), **hub.environment(), "HF_HOME": "/tmp/loraline/huggingface", "OMP_NUM_THREADS": "1"}
-    variables["env"]["default"] |= secrets
-    variables["image_pull_policy"]["default"] = "Never"
-    variables["read_only"]["default"] = True
-    variables["tmpfs"]["default"] = {"/tmp": "size=4g"}
-    for name in ("docker-cpu", "docker-gpu"):
-        (tmp_path / "deploy" / "work-pools" / f"{name}.json").write_text(json.dumps(template), encoding="utf-8")
-    return tmp_path / "deploy"
+@pytest.fixture(scope="module")
+def s3(moto: S3Server) -> S3Server:
+    return moto.with_new_bucket()
 
 
-@pytest.fixture
-def prefect(engine: Engine, deploy_folder: Path, image: str, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a client: a server runs, both pools have a docker worker, everything is deployed."""
-    pytest.importorskip("prefect_docker", reason="pip install -c docker/constraints.txt '.[deploy]'")
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("AWS_")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "DOCKER_HOST": engine.host,
-        "LORALINE_IMAGE": image,
-    }
-    server, address = start_server(environment)
-    workers: list[subprocess.Popen[bytes]] = []
+@pytest.fixture(scope="module")
+def prefect(
+    engine: Engine, image: str, s3: S3Server, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Orchestra]:
     try:
-        environment["PREFECT_API_URL"] = address
-        applied = subprocess.run(
-            ["sh", str(deploy_folder / "apply.sh"), "docker", "2"], env=environment, capture_output=True, text=True
-        )
-        assert applied.returncode == 0, applied.stdout + applied.stderr
-        with (tmp_path / "workers.log").open("wb") as log:
-            for pool in ("cpu", "gpu"):
-                command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool]
-                # A worker hands its own settings to the container, where its folder does not exist.
-                own = {key: value for key, value in environment.items() if key != "PREFECT_HOME"}
-                own["HOME"] = str(tmp_path)
-                workers.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
-        yield environment
-    finally:
-        # Workers before the server: one whose server is gone outlives a SIGTERM.
-        for process in [*workers, server]:
-            process.terminate()
-            process.wait(60)
+        import prefect_docker  # noqa: F401
+    except ImportError:
+        unavailable("there is no prefect-docker: pip install -c docker/constraints.txt -e '.[deploy]'")
+    with orchestra(engine, image, secrets(s3, hub), tmp_path_factory.mktemp("orchestra")) as running:
+        yield running
 
 
-def test_every_run_in_a_container_of_its_own(
-    engine: Engine,
-    prefect: dict[str, str],
-    s3: S3Server,
-    hub: HubServer,  # noqa: F811
-    tmp_path: Path,
+@pytest.fixture
+def config(s3: S3Server) -> dict[str, Any]:
+    record: dict[str, Any] = configuration(s3, "int8-quanto").model_dump(mode="json")
+    record["flow"]["executor"] = "deployment"
+    return record
+
+
+def test_every_run_has_a_container_of_its_own_and_a_killed_one_is_replaced(
+    prefect: Orchestra, hub: HubServer, config: dict[str, Any]
 ) -> None:
-    config = configuration(s3, "int8-quanto").model_dump(mode="json")
-    config["flow"]["executor"] = "deployment"
-    before = set(engine.run("ps", "--all", "--quiet").stdout.split())
     started = time.monotonic()
-    command = [
-        "prefect",
-        "deployment",
-        "run",
-        "loraline/pipeline",
-        "--params",
-        json.dumps({"config": config}),
-        "--watch",
-    ]
-    ran = subprocess.run(command, env=prefect, capture_output=True, text=True, timeout=1500)
-    took = time.monotonic() - started
-    log = (tmp_path / "workers.log").read_text(errors="replace")
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:] + log[-3000:]
+    pipeline = prefect.start(config)
+    (train,) = named("train", prefect.wait(pipeline, "train", "RUNNING"))
+    # As a machine that is taken away: nobody gets to say goodbye.
+    (container,) = prefect.containers(train)
+    prefect.engine.run("kill", container["Id"])
+    runs = prefect.wait(pipeline, None, "COMPLETED")
+    print(f"\nthe whole pipeline, one container killed on the way: {time.monotonic() - started:.0f} s")
+    waits = {run["name"]: wait_s(run) for run in runs}
+    print(f"from the request to the flow's first line, seconds: {json.dumps(waits)}")
 
-    runs = {run["name"]: run for run in post(prefect["PREFECT_API_URL"], "flow_runs/filter")}
-    assert {run["state_type"] for run in runs.values()} == {"COMPLETED"}
-    assert len(runs) == len(STAGES) + 1
-    made = set(engine.run("ps", "--all", "--quiet").stdout.split()) - before
-    containers = json.loads(engine.run("inspect", *made).stdout)
-    assert sorted(container["Config"]["Labels"]["io.prefect.flow-run-id"] for container in containers) == sorted(
-        run["id"] for run in runs.values()
-    )
-    assert all(container["HostConfig"]["ReadonlyRootfs"] for container in containers)
-    assert all(container["State"]["ExitCode"] == 0 for container in containers)
+    # Only the stage whose container was killed ran a second time.
+    assert sorted(run["state_type"] for run in named("train", runs)) == ["COMPLETED", "CRASHED"]
+    assert {run["state_type"] for run in runs if run["name"] != "train"} == {"COMPLETED"}
+    worked = [run for run in runs if not run["parameters"].get("check")]
+    assert len(worked) == len(STAGES) + 2
+    for run in runs:
+        (container,) = prefect.containers(run)
+        assert container["HostConfig"]["ReadonlyRootfs"], run["name"]
+        assert container["HostConfig"]["CapDrop"] == ["ALL"], run["name"]
+        assert container["State"]["ExitCode"] == (137 if run["state_type"] == "CRASHED" else 0), run["name"]
     assert any(name.endswith(".safetensors") for name in hub.files("user/blots-lora", kind="model"))
-    waits = {name: round(_seconds(run["created"], run["start_time"]), 1) for name, run in runs.items()}
-    print(
-        f"\nthe whole pipeline in {took:.0f} s; from the request to the flow's first line, seconds: {json.dumps(waits)}"
-    )
 
-    # Once more: nothing is done again, so no stage gets a container.
-    again = subprocess.run(command, env=prefect, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert len(set(engine.run("ps", "--all", "--quiet").stdout.split()) - before - made) == 1
-    engine.run("rm", "--force", *(set(engine.run("ps", "--all", "--quiet").stdout.split()) - before))
+    # Once more: everything is there, so no stage gets a container.
+    started = time.monotonic()
+    runs = prefect.wait(prefect.start(config), None, "COMPLETED")
+    print(f"the pipeline with nothing to do: {time.monotonic() - started:.0f} s")
+    assert len(runs) == 1
 
 
-def test_a_killed_container_is_noticed_and_only_its_stage_runs_again(
-    engine: Engine,
-    prefect: dict[str, str],
-    s3: S3Server,
-    hub: HubServer,  # noqa: F811
-    tmp_path: Path,
+def test_cancelling_the_pipeline_cancels_the_stage_in_its_container(
+    prefect: Orchestra, s3: S3Server, config: dict[str, Any]
 ) -> None:
-    config = configuration(s3, "int8-quanto").model_dump(mode="json")
-    config["flow"]["executor"] = "deployment"
-    before = set(engine.run("ps", "--all", "--quiet").stdout.split())
-    command = [
-        "prefect",
-        "deployment",
-        "run",
-        "loraline/pipeline",
-        "--params",
-        json.dumps({"config": config}),
-        "--watch",
-    ]
-    with (tmp_path / "run.log").open("wb") as log:
-        running = subprocess.Popen(command, env=prefect, stdout=log, stderr=log)
-        try:
-            address = prefect["PREFECT_API_URL"]
-            for _ in range(600):  # as a machine that is taken away: nobody gets to say goodbye
-                train = [run for run in post(address, "flow_runs/filter") if run["name"] == "train"]
-                if train and train[0]["state_type"] == "RUNNING":
-                    break
-                assert running.poll() is None, (tmp_path / "run.log").read_text(errors="replace")[-3000:]
-                time.sleep(1)
-            found = engine.run(
-                "ps", "--quiet", "--filter", f"label=io.prefect.flow-run-id={train[0]['id']}"
-            ).stdout.split()
-            engine.run("kill", *found)
-            assert running.wait(900) == 0, (tmp_path / "run.log").read_text(errors="replace")[-3000:]
-        finally:
-            if running.poll() is None:
-                running.kill()
-    states: dict[str, list[str]] = {}
-    for run in post(address, "flow_runs/filter"):
-        states.setdefault(run["name"], []).append(run["state_type"])
-    assert sorted(states.pop("train")) == ["COMPLETED", "CRASHED"]
-    assert {name: ["COMPLETED"] for name in states} == states
-    assert any(name.endswith(".safetensors") for name in hub.files("user/blots-lora", kind="model"))
-    engine.run("rm", "--force", *(set(engine.run("ps", "--all", "--quiet").stdout.split()) - before))
+    # Longer than any patience: whatever ends it, it is not its last step.
+    config["train"] |= {"steps": 100_000, "checkpoint_every": 20}
+    before = set(s3.keys("store/runs/"))
+    pipeline = prefect.start(config)
+    (train,) = named("train", prefect.wait(pipeline, "train", "RUNNING"))
+    # In the middle of its work: it has written a checkpoint already.
+    while not any(key.endswith("checkpoint.json") for key in set(s3.keys("store/runs/")) - before):
+        assert prefect.api(f"flow_runs/{train['id']}")["state_type"] == "RUNNING", prefect.tail()
+        time.sleep(1)
+    assert all(container["State"]["Running"] for container in prefect.containers(train))
 
+    def states() -> set[str]:
+        return {run["state_type"] for run in prefect.runs(pipeline) if run["id"] == pipeline or run["name"] == "train"}
 
-def _seconds(earlier: Any, later: Any) -> float:
-    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
+    started = time.monotonic()
+    prefect.prefect("flow-run", "cancel", pipeline)
+    until = started + 150
+    while states() != {"CANCELLED"}:
+        assert time.monotonic() < until, f"{told(prefect.runs(pipeline))}\n{prefect.tail()}"
+        time.sleep(1)
+    print(f"\ncancelled {time.monotonic() - started:.0f} s after it was asked for")
+    runs = prefect.runs(pipeline)
+    while any(container["State"]["Running"] for run in runs for container in prefect.containers(run)):
+        assert time.monotonic() < until, "a container is left"
+        time.sleep(1)
+    print(f"and no container of it runs any more {time.monotonic() - started:.0f} s after it was asked for")
+    worked = [run["name"] for run in runs[1:] if not run["parameters"].get("check")]
+    assert worked == ["train"]
