@@ -25,7 +25,7 @@ demo: install
 # Three processes on two cores: the tests with Prefect's server wait as much as they work. Whatever cannot be had on this
 # machine (Ceph's packages) is skipped with its reason.
 test: install
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m "not docker"
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not docker"
 
 # Of these, the ones with Prefect's server, real workers and a process for each stage.
 test-deployments: install

@@ -33,3 +33,8 @@ def tiny_sd3() -> Path:
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the caches of the person who runs it."""
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf-home", numbered=True)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: they wait much, and the others fill the time."""
+    items.sort(key=lambda item: item.get_closest_marker("deployments") is None)

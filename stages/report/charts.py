@@ -135,7 +135,7 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
 def labels(values: Sequence[float]) -> list[str]:
     """Evenly spaced numbers in words, with as many digits as tell them apart."""
     short = [number(value) for value in values]
-    if len(set(short)) == len(short):
+    if len(set(short)) == len(short) or values[1] <= values[0]:
         return short
     digits = 1 - math.floor(math.log10(values[1] - values[0]))
     exact = [f"{value:.{digits}f}" for value in values]

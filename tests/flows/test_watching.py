@@ -48,7 +48,7 @@ def _pipelines(site: Site, config: Config) -> list[str]:
 
 
 def test_cancelling_the_pipeline_cancels_its_stage_runs(site: Site) -> None:
-    config = site.config(pictures=60)
+    config = site.config(pictures=40)
     with site.workers():
         run = site.begin(config)
         until("a shard of latents", lambda: site.memos(), every_s=0.2)

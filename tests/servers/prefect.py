@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 ROOT = Path(__file__).parent.parent.parent
-START_S = 120
+START_S = 300
 
 
 @dataclass
