@@ -95,6 +95,8 @@ def run_stage(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
         )
         _running.add(process)
+        if is_leaving():  # asked between the look above and this line
+            _ask(process)
         tail: collections.deque[str] = collections.deque(maxlen=20)
         listener = threading.Thread(target=_keep_tail, args=(process, tail), daemon=True)
         listener.start()

@@ -1,11 +1,13 @@
 """Running stages elsewhere: each through its own deployment, on the work pool, image and hardware that are named there.
 
 The fingerprint of the artifact is the idempotency key of its run, so two pipelines that need the same artifact at the
-same time share one run; an attempt number steps past runs that ended badly.
+same time share one run; an attempt number steps past runs that ended. A tag says which pipeline started a run: that one
+cancels it, the others only wait for it.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -37,7 +39,9 @@ POLL_S = 1.0
 PATIENCE_S = 120.0
 MOST_ATTEMPTS = 50
 
-_dispatched: set[UUID] = set()
+CANCELLED = "the pipeline was cancelled"
+
+_ours: set[UUID] = set()
 _lock = threading.Lock()
 
 
@@ -61,31 +65,26 @@ def dispatch(
         reporter: hears of waiting and ends.
         deployment: 'flow/deployment'.
         shares: one run for each.
-        force: make it again; never joins a run that is there already.
+        force: make it again, once in the life of this pipeline's run.
 
     Returns:
         The fingerprint of the artifact that was made; None after slices.
     Raises:
         ConfigError: there is no such deployment.
-        TransientError: a run crashed, was cancelled, or failed in a way that another try may mend.
-        LoralineError: a run failed for good; the message is that of the stage.
+        TransientError: a run crashed, or failed in a way that another try may mend.
+        LoralineError: a run failed for good (the message is that of the stage), or somebody cancelled it.
     """
     ended: list[FlowRun] = []
     waiting = list(shares)
     while waiting:
         started = {share: _start(node, fingerprint, config, inputs, deployment, share, force) for share in waiting}
-        runs = [run for run, _ in started.values()]
-        for run_id, joined in started.values():
-            text = "joins a run that is under way" if joined else "runs through its own deployment"
-            reporter.emit(Message(node.label, "info", f"{node} {text}: {_page(run_id)}"))
-        try:
-            finished = _wait(node, runs, reporter)
-        finally:
-            with _lock:
-                _dispatched.difference_update(runs)
+        for run, ours in started.values():
+            text = "runs through its own deployment" if ours else "joins a run of another pipeline"
+            reporter.emit(Message(node.label, "info", f"{node} {text}: {_page(run)}"))
+        finished = _wait(node, [run for run, _ in started.values()], reporter)
         # A run of another pipeline, whose machine died or that was cancelled with that pipeline, says nothing of ours.
         lost = {run_id for run_id, run in finished.items() if _broke_off(run)}
-        waiting = [share for share, (run_id, joined) in started.items() if joined and run_id in lost]
+        waiting = [share for share, (run_id, ours) in started.items() if not ours and run_id in lost]
         again = {started[share][0] for share in waiting}
         ended += [run for run_id, run in finished.items() if run_id not in again]
         for run_id in again:
@@ -107,35 +106,34 @@ def check_there(node: Node, config: dict[str, Any], reporter: Reporter, deployme
         LoralineError: what is wrong, as `dispatch` raises it.
     """
     parameters = {"label": node.label, "config": config, "check": True}
-    run = _create(node, deployment, parameters, None, f"check {node.label}")
-    try:
-        ended = _wait(node, [run], reporter)[run]
-    finally:
-        with _lock:
-            _dispatched.discard(run)
+    run, _ = _create(node, deployment, parameters, None, f"check {node.label}")
+    ended = _wait(node, [run], reporter)[run]
     if ended.state is None or not ended.state.is_completed():
         raise _failure(node, ended)
 
 
 def cancel_all() -> None:
-    """Cancels every run that this process started: cancelling a parent does not reach them by itself. Runs of others
-    that were only joined go on."""
+    """Cancels every run that this pipeline started and that has not ended; those of others that it joined go on.
+
+    Prefect does the same to the children of a cancelled run, but half a minute later, and not to those of an
+    interrupted one.
+    """
     with _lock:
-        runs = list(_dispatched)
+        runs = list(_ours)
     if not runs:
         return
     with get_client(sync_client=True) as client:
         for run in runs:
-            client.set_flow_run_state(run, Cancelling(message="the pipeline was cancelled"))
+            try:
+                client.set_flow_run_state(run, Cancelling(message=CANCELLED))
+            except Exception as error:  # the others are to be cancelled all the same
+                logging.getLogger(__name__).error("%s could not be cancelled: %s", _page(run), error)
 
 
 def was_cancelled() -> bool:
-    """Whether somebody cancelled the current flow run, or interrupted it by hand; an evicted one was not."""
-    run_id = flow_run.get_id()
-    if run_id is None:
-        return True
+    """Whether somebody cancelled the current flow run; one that was evicted goes on somewhere else."""
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(UUID(run_id)).state
+        state = client.read_flow_run(UUID(str(flow_run.get_id()))).state
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 
@@ -148,17 +146,21 @@ def _start(
     share: Slice | None,
     force: bool,
 ) -> tuple[UUID, bool]:
-    """Joins the run that makes this artifact in this store, or starts one; its id, and whether it was joined."""
-    store = digest_of(config["store"]["url"])[:8]
-    key = f"{fingerprint}:{store}:{share or 'whole'}" + (f":forced-{time.time_ns()}" if force else "")
+    """Joins the run that makes this artifact in this store, or starts one; its id, and whether this pipeline's own
+    run started it."""
+    where = [config["store"].get(name) for name in ("url", "endpoint_url", "region")]
+    key = f"{fingerprint}:{digest_of(where)[:8]}:{share or 'whole'}" + (f":forced-{_pipeline_tag()}" if force else "")
     keys = [f"{key}:{attempt}" for attempt in range(MOST_ATTEMPTS)]
     known = runs_with(keys)
-    alive = [run for run in known if run.state is None or not run.state.is_final()]
-    if alive:
-        return alive[0].id, True
+    # What was forced once by this pipeline's run is not forced again where that run is retried.
+    standing = [
+        run for run in known if run.state is None or not run.state.is_final() or (force and run.state.is_completed())
+    ]
+    if standing:
+        return _noted(standing[0])
     if len(known) >= MOST_ATTEMPTS:
         raise LoralineError(
-            f"{node}: {MOST_ATTEMPTS} runs of this artifact ended badly; look at them before another try"
+            f"{node}: {MOST_ATTEMPTS} runs of this artifact have ended, and it is not in the store; look at them first"
         )
     # A run that has ended is one of an earlier try: its artifact is not there, or nobody would ask.
     taken = {run.idempotency_key for run in known}
@@ -172,18 +174,18 @@ def _start(
     # Another pipeline that asks at this very moment gets the same run for the same key.
     chosen = next(one for one in keys if one not in taken)
     name = f"{node.label} {share}" if share else node.label
-    return _create(node, deployment, parameters, chosen, name), False
+    return _create(node, deployment, parameters, chosen, name)
 
 
-def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | None, name: str) -> UUID:
-    """Starts a run of a stage's deployment, or finds the one with that key; its id."""
+def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | None, name: str) -> tuple[UUID, bool]:
+    """Starts a run of a stage's deployment, or finds the one with that key; as `_start`."""
     try:
         run: FlowRun = run_deployment(  # type: ignore[assignment]
             deployment,
             parameters=parameters,
             idempotency_key=key,
             flow_run_name=name,
-            tags=[f"config:{parameters['config']['name']}", f"stage:{node.stage}"],
+            tags=[f"config:{parameters['config']['name']}", f"stage:{node.stage}", _pipeline_tag()],
             timeout=0,
         )
     except ObjectNotFound:
@@ -193,9 +195,20 @@ def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | 
         ) from None
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         raise TransientError(f"{node}: the Prefect server did not take the run ({error})") from error
-    with _lock:
-        _dispatched.add(run.id)
-    return run.id
+    return _noted(run)
+
+
+def _pipeline_tag() -> str:
+    return f"pipeline:{flow_run.get_id()}"
+
+
+def _noted(run: FlowRun) -> tuple[UUID, bool]:
+    """The run's id, and whether this pipeline's run started it: in this process, or before it was retried."""
+    ours = _pipeline_tag() in run.tags
+    if ours and (run.state is None or not run.state.is_final()):
+        with _lock:
+            _ours.add(run.id)
+    return run.id, ours
 
 
 def runs_with(keys: Sequence[str]) -> list[FlowRun]:
@@ -219,10 +232,15 @@ def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> dict[UUID, Fl
                 if run.state.is_final():
                     waiting.discard(run_id)
                     ended[run_id] = run
+                    with _lock:
+                        _ours.discard(run_id)
                 elif run.state.type == StateType.SCHEDULED and not told and time.monotonic() - since > PATIENCE_S:
                     told = True
                     pool = run.work_pool_name or "its work pool"
-                    text = f"no worker of {pool} has taken this run for {PATIENCE_S:.0f} s: is one running?"
+                    text = (
+                        f"nobody has taken this run for {PATIENCE_S:.0f} s: is a worker of {pool} running, or are all "
+                        f"of its places (its concurrency limit) taken?"
+                    )
                     reporter.emit(Message(node.label, "warning", text))
             if waiting:
                 if is_leaving():
@@ -261,5 +279,6 @@ def _failure(node: Node, run: FlowRun) -> LoralineError:
     if state.is_crashed():
         return TransientError(f"{node}: its run {run.name} crashed ({message})")
     if state.is_cancelled():
-        return TransientError(f"{node}: its run {run.name} was cancelled")
+        # Whoever stopped it did not mean: begin it again.
+        return LoralineError(f"{node}: its run {run.name} was cancelled")
     return TransientError(message) if state.name == TRANSIENT else LoralineError(message)

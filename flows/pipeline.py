@@ -204,10 +204,11 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
             futures[node] = task_.with_options(name=node.label).submit(node.label, pipeline.config, upstream, forced)
         for future in [*checks.values(), *futures.values()]:
             future.wait()
-    except BaseException:  # cancelled, evicted or interrupted: the stages save what they have
+    except BaseException as reason:  # cancelled, evicted or interrupted: the stages save what they have
         ask_all()
         try:
-            if was_cancelled():
+            # A person at a terminal (`loraline run`) means all of it. The server would not know of that yet.
+            if isinstance(reason, KeyboardInterrupt | SystemExit) or was_cancelled():
                 cancel_all()
         finally:
             stop_all()

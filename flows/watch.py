@@ -7,6 +7,7 @@ check that starts nothing says why, in its state.
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -31,7 +32,8 @@ from stages.core.fingerprint import digest_of
 from stages.pipeline import Node, Pipeline
 
 CHANGED = "loraline.dataset.changed"
-MOST_ATTEMPTS = 3
+MOST_ATTEMPTS = 3  # in a day, of a state that no run gets through with
+MOST_RUNS = 100  # of a state that the sources come back to
 _ALIVE = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 
 
@@ -57,7 +59,7 @@ def watch_flow(
     changes, new_images, other_change = _changes(opened)
     unfinished = not changes and not _is_published(opened)
     if not changes and not unfinished:
-        return _skip(f"nothing has changed: {_sizes(opened)}")
+        return _skip(f"nothing has changed at the sources: {_sizes(opened)}")
     what = "; ".join(changes) or "nothing has changed, but the adapter of this state was never published"
     if changes and not other_change and new_images < minimum_new_images:
         return _skip(f"{new_images} new images, fewer than {minimum_new_images}: {what}")
@@ -69,11 +71,16 @@ def watch_flow(
     values = opened.config.model_dump(mode="json")
     # The same state starts one run, from however many sensors it is seen; a few, if they end badly.
     sources = [opened.spec(node)["source"] for node in opened.nodes_of("download")]
-    keys = [f"watch:{digest_of([values, sources])}:{attempt}" for attempt in range(MOST_ATTEMPTS)]
-    taken = {run.idempotency_key for run in runs_with(keys)}
+    keys = [f"watch:{digest_of([values, sources])}:{attempt}" for attempt in range(MOST_RUNS)]
+    known = runs_with(keys)
+    since = datetime.now(UTC) - timedelta(days=1)
+    bad = [run for run in known if run.state and not run.state.is_completed() and run.state.timestamp > since]
+    if len(bad) >= MOST_ATTEMPTS:
+        return _skip(f"{len(bad)} runs of this very state ended badly within a day: look at them. {what}")
+    taken = {run.idempotency_key for run in known}
     free = [key for key in keys if key not in taken]
     if not free:
-        return _skip(f"{MOST_ATTEMPTS} runs of this very state ended badly: look at them. {what}")
+        return _skip(f"{MOST_RUNS} runs of this very state have ended: start one by hand. {what}")
     get_run_logger().info("changed: %s", what)
     for node in opened.nodes_of("download"):
         state = opened.spec(node)["source"]
@@ -140,4 +147,6 @@ def _alive(name: str) -> list[str]:
             flow_filter=FlowFilter(name=FlowFilterName(any_=["loraline"])),
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_ALIVE))),
         )
-    return [run.name for run in runs if run.parameters.get("config", {}).get("name") == name]
+    # One that a schedule will start some day is not under way.
+    begun = [run for run in runs if not (run.auto_scheduled and run.state and run.state.is_scheduled())]
+    return [run.name for run in begun if run.parameters.get("config", {}).get("name") == name]

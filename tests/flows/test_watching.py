@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,13 +51,25 @@ def _pipelines(site: Site, config: Config) -> list[str]:
     return [run["id"] for run in site.runs(config) if run["deployment_id"] == deployment]
 
 
-def test_cancelling_the_pipeline_cancels_its_stage_runs(site: Site) -> None:
+@pytest.mark.parametrize("way", ["cancelled on the server", "interrupted at a terminal"])
+def test_the_stage_runs_end_with_their_pipeline(site: Site, tmp_path: Path, way: str) -> None:
     config = site.config(pictures=40)
+    path = tmp_path / "run.json"
+    path.write_text(config.model_dump_json(), encoding="utf-8")
     with site.workers():
-        run = site.begin(config)
-        until("a shard of latents", lambda: site.memos(), every_s=0.2)
-        site.prefect("flow-run", "cancel", run)
-        assert site.wait(run)["type"] == "CANCELLED"
+        if way == "cancelled on the server":
+            run = site.begin(config)
+            until("a shard of latents", site.memos, every_s=0.2)
+            site.prefect("flow-run", "cancel", run)
+            assert site.wait(run)["type"] == "CANCELLED"
+        else:
+            command = [sys.executable, "-m", "stages.cli", "run", "--config", str(path)]
+            with subprocess.Popen(
+                command, env=site.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ) as own:
+                until("a shard of latents", site.memos, every_s=0.2)
+                own.send_signal(signal.SIGINT)
+                assert own.wait(90) != 0
         stages = until("the end of every stage's run", lambda: _ended(site, config), deadline_s=90)
     assert stages["download[blots]"] == stages["bucket[blots]"] == "COMPLETED"
     assert stages["latents[blots]"] == "CANCELLED", stages

@@ -37,6 +37,8 @@ class PrefectServer:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_WORKER_PREFETCH_SECONDS": "1",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            # The server would cancel the children of a cancelled run, later: the tests are about our doing so at once.
+            "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
         }
 
     @contextmanager
