@@ -10,6 +10,12 @@ set -eu
 kind=${1:?usage: deploy/apply.sh process|docker|kubernetes|ecs|vertex [GPUS]}
 gpus=${2:-1}
 here=$(cd "$(dirname "$0")" && pwd)
+case $kind in
+    process) type=process ;;
+    docker | kubernetes | ecs) type=$kind ;;
+    vertex) type=vertex-ai ;;
+    *) echo "deploy/apply.sh: $kind: no such kind; there are process, docker, kubernetes, ecs, vertex" >&2; exit 64 ;;
+esac
 : "${PREFECT_API_URL:?is not set: the address of your Prefect server, such as http://127.0.0.1:4200/api}"
 if [ "$kind" = process ]; then
     # A process runs in its worker's own environment: there is no image to name.
@@ -20,12 +26,6 @@ export LORALINE_IMAGE
 export LORALINE_GPU_IMAGE="${LORALINE_GPU_IMAGE:-$LORALINE_IMAGE}"
 export LORALINE_REVISION="${LORALINE_REVISION:-unknown}"
 
-case $kind in
-    process) type=process ;;
-    docker | kubernetes | ecs) type=$kind ;;
-    vertex) type=vertex-ai ;;
-    *) echo "deploy/apply.sh: $kind: no such kind; there are process, docker, kubernetes, ecs, vertex" >&2; exit 64 ;;
-esac
 for pool in cpu gpu; do
     template=$here/work-pools/$kind-$pool.json
     [ "$kind" = process ] && template=$here/work-pools/process.json

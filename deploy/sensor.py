@@ -5,8 +5,8 @@
     python deploy/sensor.py --remove NAME      takes the sensor away, and what listens to events for it
 
 What a sensor is stands in deploy/prefect.yaml (`definitions.watch`). It takes the image and the revision of the
-deployed pipeline, so deploy/apply.sh comes first. May be run again at any time: a sensor that is there keeps its
-schedules, asleep or awake, unless --cron gives another one.
+deployed pipeline, so deploy/apply.sh comes first. May be run again at any time: of a sensor that is there, what is not
+given stays as it was, its schedules (asleep or awake) too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import EntrypointType
+from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
+from prefect.utilities.templating import apply_values
 
+from flows.watch import watch_flow
 from stages.config import load_config
 from stages.core.errors import ConfigError, LoralineError
 
@@ -49,40 +53,54 @@ def deployed() -> tuple[DeploymentResponse, dict[str, DeploymentResponse]]:
     return pipeline, {sensor.name: sensor for sensor in sensors if sensor.name != BARE}
 
 
-def entry(name: str, parameters: dict[str, Any], schedules: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The sensor of that name, as `prefect deploy` reads it.
+def deploy(
+    name: str,
+    parameters: dict[str, Any],
+    pipeline: DeploymentResponse,
+    known: DeploymentResponse | None = None,
+    cron: str | None = None,
+) -> None:
+    """Makes or updates a sensor, on the image and revision of the pipeline.
+
+    Not by `prefect deploy`, which would fill in whatever looks like a placeholder of its own (`{{ $HOME }}`) in the
+    configuration's prompts and file names.
 
     Args:
         name: the configuration's name.
         parameters: of its runs.
-        schedules: in the place of those of prefect.yaml; None for these.
+        pipeline: the deployment of the pipeline.
+        known: the sensor that is there already; it keeps its schedules.
+        cron: in the place of its schedules, or of those of prefect.yaml.
     """
-    definition = yaml.safe_load((HERE / "prefect.yaml").read_text(encoding="utf-8"))["definitions"]["watch"]
-    made: dict[str, Any] = json.loads(json.dumps(definition).replace("NAME", name))
-    made["parameters"] = parameters
-    if schedules is not None:
-        made["schedules"] = schedules
-    return made
-
-
-def schedules_of(sensor: DeploymentResponse) -> list[dict[str, Any]]:
-    """Its schedules, as `prefect deploy` reads them."""
-    kept = []
-    for found in sensor.schedules:
-        values = {**found.schedule.model_dump(mode="json"), "active": found.active, "slug": found.slug}
-        kept.append({key: value for key, value in values.items() if value is not None})
-    return kept
-
-
-def deploy(entries: list[dict[str, Any]], pipeline: DeploymentResponse) -> int:
-    """Has Prefect make or update these deployments, with the pipeline's image and revision; its exit code."""
-    image = (pipeline.job_variables or {}).get("image") or "none"
-    environment = {**os.environ, "LORALINE_IMAGE": image, "LORALINE_REVISION": pipeline.version or "unknown"}
-    with tempfile.TemporaryDirectory(prefix="loraline-sensor-") as folder:
-        file = Path(folder) / "prefect.yaml"
-        file.write_text(yaml.safe_dump({"name": "loraline", "pull": [], "deployments": entries}), encoding="utf-8")
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
-        return subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
+    text = json.dumps(yaml.safe_load((HERE / "prefect.yaml").read_text(encoding="utf-8"))["definitions"]["watch"])
+    os.environ["LORALINE_IMAGE"] = (pipeline.job_variables or {}).get("image") or "none"
+    os.environ["LORALINE_REVISION"] = pipeline.version or "unknown"
+    definition = apply_values(json.loads(text.replace("NAME", name)), {})
+    made = watch_flow.to_deployment(
+        definition["name"],
+        parameters=parameters,
+        version=definition["version"],
+        tags=definition["tags"],
+        description=definition["description"],
+        concurrency_limit=ConcurrencyLimitConfig(**definition["concurrency_limit"]),
+        triggers=[DeploymentEventTrigger(**trigger) for trigger in definition["triggers"]],
+        work_pool_name=definition["work_pool"]["name"],
+        job_variables=definition["work_pool"]["job_variables"],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    if known is None:
+        schedules = [{"cron": cron, "timezone": "UTC"}] if cron else definition["schedules"]
+        made.apply(schedules=[{"active": one.pop("active", True), "schedule": one} for one in schedules])
+    else:
+        # What is unset is not sent, and stays. Sent back, schedules would lose some of their fields on the server.
+        made.model_fields_set.discard("schedules")
+        made.apply()
+        if cron:
+            with get_client(sync_client=True) as client:
+                for schedule in known.schedules:
+                    client.delete_deployment_schedule(known.id, schedule.id)
+                client.create_deployment_schedules(known.id, [(CronSchedule(cron=cron, timezone="UTC"), True)])
+    print(f"the sensor watch/{name} is deployed")
 
 
 def remove(sensor: DeploymentResponse) -> None:
@@ -97,9 +115,11 @@ def main() -> int:
     parser.add_argument("config", nargs="?", help="a YAML file, or an fsspec URL such as s3://bucket/run.yaml")
     parser.add_argument("--set", "-s", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="sets")
     parser.add_argument("--cron", help="when to look, in UTC; hourly if this is a new sensor")
-    parser.add_argument("--minimum-new-images", type=int, default=1, help="fewer start nothing")
+    parser.add_argument("--minimum-new-images", type=int, metavar="N", help="fewer start nothing; 1 if not said")
     parser.add_argument(
-        "--retrain-from-published", action="store_true", help="measure each new adapter against the published one"
+        "--retrain-from-published",
+        action=argparse.BooleanOptionalAction,
+        help="measure each new adapter against the published one, or no longer",
     )
     parser.add_argument("--renew", action="store_true", help="every sensor that is there, as it is")
     parser.add_argument("--remove", metavar="NAME", help="the sensor of the configuration of that name")
@@ -109,8 +129,9 @@ def main() -> int:
     try:
         pipeline, sensors = deployed()
         if arguments.renew:
-            entries = [entry(name, sensor.parameters, schedules_of(sensor)) for name, sensor in sensors.items()]
-            return deploy(entries, pipeline) if entries else 0
+            for name, sensor in sensors.items():
+                deploy(name, sensor.parameters, pipeline, sensor)
+            return 0
         if arguments.remove:
             if arguments.remove not in sensors:
                 there = ", ".join(sensors) or "none"
@@ -123,15 +144,13 @@ def main() -> int:
     except LoralineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    schedules = schedules_of(sensors[config.name]) if config.name in sensors else None
-    if arguments.cron:
-        schedules = [{"cron": arguments.cron, "timezone": "UTC", "active": True}]
-    parameters = {
-        "config": config.model_dump(mode="json"),
-        "minimum_new_images": arguments.minimum_new_images,
-        "retrain_from_published": arguments.retrain_from_published,
-    }
-    return deploy([entry(config.name, parameters, schedules)], pipeline)
+    known = sensors.get(config.name)
+    parameters = {**(known.parameters if known else {}), "config": config.model_dump(mode="json")}
+    for option in ("minimum_new_images", "retrain_from_published"):
+        if (value := getattr(arguments, option)) is not None:
+            parameters[option] = value
+    deploy(config.name, parameters, pipeline, known, arguments.cron)
+    return 0
 
 
 if __name__ == "__main__":

@@ -88,13 +88,60 @@ def test_a_sensor_keeps_its_configuration_and_its_schedule_when_all_is_applied_a
     (asleep,) = again["schedules"]
     assert (asleep["schedule"], asleep["active"]) == (schedule["schedule"], False)
 
-    # Another configuration file for the same sensor does not wake it; a new time does.
+    # Another configuration for the same sensor changes nothing else, and does not wake it; a new time does.
     site.command([*SENSOR, str(path), "--set", "seed=5"])
     changed = site.deployments()["kept"]
-    assert (changed["parameters"]["config"]["seed"], changed["schedules"][0]["active"]) == (5, False)
-    site.command([*SENSOR, str(path), "--cron", "6 4 * * *"])
-    (awake,) = site.deployments()["kept"]["schedules"]
+    assert changed["parameters"]["config"]["seed"] == 5
+    assert {**changed["parameters"], "config": made["parameters"]["config"]} == made["parameters"]
+    assert changed["schedules"][0]["active"] is False
+    site.command([*SENSOR, str(path), "--cron", "6 4 * * *", "--no-retrain-from-published"])
+    awakened = site.deployments()["kept"]
+    assert awakened["parameters"]["minimum_new_images"] == 7
+    assert awakened["parameters"]["retrain_from_published"] is False
+    (awake,) = awakened["schedules"]
     assert (awake["schedule"]["cron"], awake["active"]) == ("6 4 * * *", True)
+
+
+def test_a_sensor_keeps_all_that_its_schedules_say(site: Site, folder: Path) -> None:
+    path = configuration(folder, "weekly")
+    site.command([*SENSOR, str(path)])
+    sensor = site.deployments()["weekly"]["id"]
+    weekly = {
+        "schedule": {"rrule": "FREQ=WEEKLY;BYDAY=MO", "timezone": "Europe/Vienna"},
+        "active": True,
+        "max_scheduled_runs": 2,
+        "parameters": {"minimum_new_images": 50},
+        "slug": "mondays",
+    }
+    site.post(f"deployments/{sensor}/schedules", [weekly])
+
+    def schedules() -> list[dict[str, Any]]:
+        kept = ("schedule", "active", "max_scheduled_runs", "parameters", "slug")
+        found = site.deployments()["weekly"]["schedules"]
+        return sorted(({key: one[key] for key in kept} for one in found), key=lambda one: str(one["slug"]))
+
+    before = schedules()
+    assert {**before[1], "schedule": before[1]["schedule"]["timezone"]} == {**weekly, "schedule": "Europe/Vienna"}
+    site.command([*SENSOR, "--renew"])
+    assert schedules() == before
+    site.command([*SENSOR, str(path), "--set", "seed=5"])
+    assert schedules() == before
+    site.command([*SENSOR, str(path), "--cron", "6 4 * * *"])
+    (only,) = schedules()
+    assert only["schedule"]["cron"] == "6 4 * * *"
+
+
+def test_what_looks_like_a_placeholder_in_a_configuration_is_left_alone(site: Site, folder: Path) -> None:
+    path = folder / "literal.yaml"
+    config = json.loads(configuration(folder, "plain").read_text())
+    prompt = "a {{ sign }} that says {{ $HOME }}, and {{ prefect.variables.none }}"
+    config.update(name="literal")
+    config["validation"]["prompts"] = [prompt]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    for command in ([str(path)], ["--renew"]):
+        site.command([*SENSOR, *command])
+        kept = site.deployments()["literal"]["parameters"]["config"]
+        assert kept["validation"]["prompts"] == [prompt]
 
 
 def test_a_sensor_needs_a_name_of_its_own(site: Site, folder: Path) -> None:

@@ -101,6 +101,11 @@ class Site(deploy.Site):
         """Runs of stages: their ids and names."""
         return {run["id"]: run["name"] for run in self.runs(config) if "label" in run["parameters"]}
 
+    def most_at_once(self, config: Config, pool: str) -> int:
+        """How many of these runs a pool has worked on at the same time; each has ended."""
+        runs = [run for run in self.runs(config) if run["work_pool_name"] == pool and run["start_time"]]
+        return max(sum(other["start_time"] <= run["start_time"] < other["end_time"] for other in runs) for run in runs)
+
     def prefect(self, *arguments: str) -> None:
         """Prefect's own command line, as a person uses it."""
         self.command([sys.executable, "-m", "prefect", *arguments])

@@ -60,8 +60,12 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         assert new() == ["publish"]
         assert set(site.made(config)) == set(ALL)
 
+        # Nothing is left to do, in however many slices it was done.
         assert site.wait(site.begin(config))["type"] == "COMPLETED"
+        assert site.wait(site.begin(site.config(latents={"batch_size": 1, "workers": 3})))["type"] == "COMPLETED"
         assert new() == []
+    # Both slices and the captions were ready at the same time, and there are two places.
+    assert site.most_at_once(config, "gpu") == 2
 
     # Prefect's own database is lost, and the machine is another one: the store is the truth.
     path = tmp_path / "run.json"

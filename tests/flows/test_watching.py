@@ -65,7 +65,12 @@ def test_the_stage_runs_end_with_their_pipeline(site: Site, tmp_path: Path, way:
         else:
             command = [sys.executable, "-m", "stages.cli", "run", "--config", str(path)]
             with subprocess.Popen(
-                command, env=site.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command,
+                env=site.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # A shell has what it starts in the background ignore Ctrl-C, these tests perhaps too.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             ) as own:
                 until("a shard of latents", site.memos, every_s=0.2)
                 own.send_signal(signal.SIGINT)
