@@ -37,6 +37,8 @@ T = TypeVar("T")
 POLL_S = 1.0
 # A run that nobody takes for this long is told about once: a pool without a worker looks like a slow start otherwise.
 PATIENCE_S = 120.0
+# How long the server may be away: each call already tries for about a minute by itself.
+AWAY_S = 600.0
 MOST_ATTEMPTS = 50
 
 CANCELLED = "the pipeline was cancelled"
@@ -251,16 +253,16 @@ def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> dict[UUID, Fl
 
 def _read(call: Callable[[], T]) -> T:
     """One answer of the server; a server that restarts must not fail the stage that is running elsewhere."""
-    for attempt in range(60):
+    until = time.monotonic() + AWAY_S
+    while True:
         try:
             return call()
         except ObjectNotFound:
             raise
         except Exception:
-            if attempt == 59:
+            if time.monotonic() > until:
                 raise
             time.sleep(POLL_S)
-    raise AssertionError("not reached")
 
 
 def _page(run_id: UUID) -> str:

@@ -21,6 +21,17 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture
+def s3(request: pytest.FixtureRequest) -> S3Server:
+    """Ceph where it can be had, else moto: the store's own tests ask both of them everything."""
+    server: S3Server
+    try:
+        server = request.getfixturevalue("ceph")
+    except pytest.skip.Exception:
+        server = request.getfixturevalue("moto")
+    return server.with_new_bucket()
+
+
 def run_each_stage(config: Config, folder: Path, environment: dict[str, str]) -> dict[str, str]:
     """Every stage in a process of its own, with an empty cache of its own; the artifacts' digests."""
     for number, stage in enumerate(STAGES):

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -124,7 +124,11 @@ def orchestra(engine: Engine, image: str, environment: Mapping[str, str], folder
             "LORALINE_IMAGE": image,
         }
         applied = subprocess.run(
-            ["sh", str(deploy / "apply.sh"), "docker", "2"], env=settings, capture_output=True, text=True, check=False
+            ["sh", str(deploy / "apply.sh"), "docker", "2"],
+            env=settings,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert applied.returncode == 0, applied.stdout + applied.stderr
         log = folder / "workers.log"
@@ -143,11 +147,15 @@ def orchestra(engine: Engine, image: str, environment: Mapping[str, str], folder
         try:
             yield Orchestra(engine, settings, log)
         finally:
-            # Workers before the server: one whose server is gone outlives a SIGTERM.
+            # Workers before the server: one whose server is gone outlives a SIGTERM. So may one that still watches the
+            # container of a run that was cancelled.
             for worker in workers:
                 worker.terminate()
             for worker in workers:
-                worker.wait(60)
+                with suppress(subprocess.TimeoutExpired):
+                    worker.wait(10)
+                worker.kill()
+                worker.wait()
             engine.remove(RUN_LABEL)
 
 
