@@ -9,7 +9,6 @@ an update forgets the runs that it was watching; one that somebody has switched 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,15 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
     return AutomationCore.model_validate(automation.model_dump()).model_dump(mode="json", exclude={"trigger": {"id"}})
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", type=Path, default=FILE)
-    file = parser.parse_args().file
+def apply_all(file: Path = FILE) -> None:
+    """Makes the server have all automations of a file."""
     with get_client(sync_client=True) as client:
         for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["automations"]:
             wanted = AutomationCore.model_validate(entry)
             print(f"automation {wanted.name!r}: {apply(client, wanted)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=FILE)
+    apply_all(parser.parse_args().file)

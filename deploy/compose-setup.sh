@@ -23,4 +23,4 @@ for attempt in range(30):
 print(f"bucket {bucket} is there")
 PYTHON
 loraline doctor --store "$store"
-/srv/deploy/apply.sh process 1
+/srv/deploy/apply.py process 1

@@ -5,7 +5,7 @@
     python deploy/sensor.py --remove NAME      takes the sensor away, and what listens to events for it
 
 What a sensor is stands in deploy/prefect.yaml (`definitions.watch`). It takes the image and the revision of the
-deployed pipeline, so deploy/apply.sh comes first. May be run again at any time: of a sensor that is there, what is not
+deployed pipeline, so deploy/apply.py comes first. May be run again at any time: of a sensor that is there, what is not
 given stays as it was, its schedules (asleep or awake) too.
 """
 
@@ -34,7 +34,7 @@ from stages.config import load_config
 from stages.core.errors import ConfigError, LoralineError
 
 HERE = Path(__file__).parent
-# The deployment without a configuration of its own: apply.sh makes it.
+# The deployment without a configuration of its own: apply.py makes it.
 BARE = "watch"
 
 
@@ -48,7 +48,7 @@ def deployed() -> tuple[DeploymentResponse, dict[str, DeploymentResponse]]:
         try:
             pipeline = client.read_deployment_by_name("loraline/pipeline")
         except ObjectNotFound:
-            raise ConfigError("there is no deployment loraline/pipeline: run deploy/apply.sh first") from None
+            raise ConfigError("there is no deployment loraline/pipeline: run deploy/apply.py first") from None
         sensors = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=["watch"])))
     return pipeline, {sensor.name: sensor for sensor in sensors if sensor.name != BARE}
 
@@ -103,6 +103,13 @@ def deploy(
     print(f"the sensor watch/{name} is deployed")
 
 
+def renew() -> None:
+    """Brings every sensor to the image, sizes and revision that are deployed now, and leaves all else as it is."""
+    pipeline, sensors = deployed()
+    for name, sensor in sensors.items():
+        deploy(name, sensor.parameters, pipeline, sensor)
+
+
 def remove(sensor: DeploymentResponse) -> None:
     """Takes a sensor away. Deleting the deployment alone would leave its trigger behind."""
     with get_client(sync_client=True) as client:
@@ -127,11 +134,10 @@ def main() -> int:
     if [bool(arguments.config), arguments.renew, bool(arguments.remove)].count(True) != 1:
         parser.error("give a configuration, --renew, or --remove NAME")
     try:
-        pipeline, sensors = deployed()
         if arguments.renew:
-            for name, sensor in sensors.items():
-                deploy(name, sensor.parameters, pipeline, sensor)
+            renew()
             return 0
+        pipeline, sensors = deployed()
         if arguments.remove:
             if arguments.remove not in sensors:
                 there = ", ".join(sensors) or "none"

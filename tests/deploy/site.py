@@ -1,4 +1,4 @@
-"""A Prefect server that `deploy/apply.sh process` was applied to, and what tests ask of it over its API."""
+"""A Prefect server that `deploy/apply.py process` was applied to, and what tests ask of it over its API."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.servers.prefect import ROOT, PrefectServer, prefect_server
 
-APPLY = ["sh", str(ROOT / "deploy" / "apply.sh"), "process"]
+APPLY = [sys.executable, str(ROOT / "deploy" / "apply.py"), "process"]
 
 
 class Site:

@@ -1,4 +1,4 @@
-"""`deploy/apply.sh process` and `deploy/sensor.py` on a real server: all is there once, repetition loses nothing."""
+"""`deploy/apply.py process` and `deploy/sensor.py` on a real server: all is there once, repetition loses nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from stages.registry import STAGES
 from tests.deploy.rendering import ROOT
-from tests.deploy.site import Site, applied
+from tests.deploy.site import APPLY, Site, applied
 from tests.pictures import draw_pictures, small_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.deployments, pytest.mark.timeout(900)]
@@ -66,6 +66,11 @@ def test_everything_is_there_once_however_often_it_is_applied(site: Site) -> Non
         name: entry["id"] for name, entry in before.items()
     }
     assert len(before) == 3
+
+
+def test_a_pool_of_another_kind_is_not_turned_into_this_one(site: Site) -> None:
+    with pytest.raises(AssertionError, match=r"'cpu' is there already, of type process.*work-pool delete cpu"):
+        site.command([*APPLY[:-1], "docker"], {"LORALINE_IMAGE": "registry.example/loraline:1"})
 
 
 def test_a_sensor_keeps_its_configuration_and_its_schedule_when_all_is_applied_again(site: Site, folder: Path) -> None:

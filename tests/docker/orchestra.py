@@ -124,7 +124,7 @@ def orchestra(engine: Engine, image: str, environment: Mapping[str, str], folder
             "LORALINE_IMAGE": image,
         }
         applied = subprocess.run(
-            ["sh", str(deploy / "apply.sh"), "docker", "2"],
+            [sys.executable, str(deploy / "apply.py"), "docker", "2"],
             env=settings,
             capture_output=True,
             text=True,
