@@ -12,6 +12,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
+# No test needs blocks, and registering them loads every integration of Prefect.
+os.environ["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith(("LORALINE__", "AWS_", "HF_TOKEN", "HF_ENDPOINT"))]:
     del os.environ[name]

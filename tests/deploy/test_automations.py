@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from stages.registry import STAGES
 from tests.deploy.rendering import FILES, ROOT, template
 from tests.deploy.site import Site, applied
+from tests.servers.prefect import kill_trees
 
 pytestmark = pytest.mark.timeout(900)
 FILE = ROOT / "deploy" / "automations.yaml"
@@ -65,17 +62,6 @@ def sleepers(site: Site) -> dict[str, str]:
     return dict(line.split() for line in printed.splitlines())
 
 
-def kill_machine(worker: subprocess.Popen[bytes]) -> None:
-    """What a power cut does: the worker and everything that it has started are gone at once, and tell nobody."""
-    processes = [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]
-    assert len(processes) > 1, "nothing was running"
-    for process in processes:
-        process.suspend()
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    worker.wait()
-
-
 @pytest.mark.slow
 @pytest.mark.kill
 @pytest.mark.deployments
@@ -89,7 +75,7 @@ def test_a_run_whose_machine_is_gone_crashes_and_those_beside_it_do_not(site: Si
             site.wait_for(run, {"RUNNING"}, 90)
         assert site.wait_for(done, {"COMPLETED"}, 90)["name"] == "Skipped"
         time.sleep(3)
-        kill_machine(doomed)
+        kill_trees(doomed)
         killed = time.monotonic()
         state = site.wait_for(lost, {"CRASHED"}, 150)
         print(f"crashed {time.monotonic() - killed:.0f} s after it was killed")

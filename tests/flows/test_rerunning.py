@@ -5,8 +5,6 @@ Nothing is shared between the stages but the bucket: each run gets its configura
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pytest
 
 from stages.pipeline import Node, Pipeline
 from tests.flows.site import Site, evict, kill_stage, until
-from tests.servers.prefect import prefect_server
+from tests.servers.prefect import kill_trees, prefect_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.kill, pytest.mark.deployments]
 ALL = ["download[blots]", "bucket[blots]", "latents[blots]", "embeds", "train", "publish"]
@@ -31,6 +29,16 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         return fresh
 
     with site.workers() as workers:
+        # What later stages would refuse is found before a GPU works for them.
+        published = tmp_path / "published"
+        published.write_text("a file where publish wants a folder")
+        state = site.wait(site.begin(site.config(train={"lora": {"targets": ["to_nowhere"]}})))
+        assert state["type"] == "FAILED"
+        assert f"publish.path: {published} is a file" in state["message"], state
+        assert "to_nowhere" in state["message"], state
+        assert new() == ["bucket[blots]", "check publish", "check train", "download[blots]"]
+        published.unlink()
+
         run = site.begin(config)
         kill_stage(workers, "train")
         state = site.wait(run)
@@ -38,10 +46,8 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         assert "train" in state["message"], state
         assert "SIGKILL" in state["message"], state
         assert new() == [
-            "bucket[blots]",
             "check publish",
             "check train",
-            "download[blots]",
             "embeds",
             "latents[blots] 0/2",
             "latents[blots] 1/2",
@@ -77,50 +83,38 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         assert (only["state_type"], only["name"]) == ("COMPLETED", f"{config.name}: nothing to do")
 
 
-def test_a_machine_that_dies_in_the_middle_of_latents(site: Site) -> None:
-    config = site.config(pictures=40)
+def test_two_pipelines_at_once_share_their_runs_though_their_machine_dies_and_a_run_is_evicted(site: Site) -> None:
+    config = site.config(pictures=40, flow={"executor": "deployment", "retries": 1})
+
+    def runs_of_latents() -> list[str]:
+        return [run for run, name in site.stage_runs(config).items() if name == "latents[blots]"]
+
     with site.workers() as workers:
-        site.begin(config)
+        for _ in range(2):
+            site.begin(config)
         until("two shards of latents", lambda: len(site.memos()) >= 2, every_s=0.2)
-        for worker in workers:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
+        kill_trees(*workers)
     kept = site.memos()
     assert Pipeline.open(config).last(Node("latents", "blots")) is None
+    (lost,) = runs_of_latents()
+
     # Other workers, and the same parameters again: the server still believes that the first runs are alive.
-    with site.workers():
-        state = site.wait(site.begin(config))
-        assert state["type"] == "COMPLETED", state
+    with site.workers() as workers:
+        assert site.state(lost)["type"] == "RUNNING"
+        first, second = site.begin(config), site.begin(config)
+        until("another shard of latents", lambda: len(site.memos()) > len(kept), every_s=0.2)
+        assert site.state(lost)["type"] == "CRASHED"
+        (latents,) = [run for run in runs_of_latents() if run != lost]
+        evict(workers, latents)
+        assert site.wait(latents)["type"] == "CRASHED"
+        kept |= site.memos()
+        assert [site.wait(run)["type"] for run in (first, second)] == ["COMPLETED", "COMPLETED"]
     times = site.memos()
     assert {name: times[name] for name in kept} == kept, "a finished shard was encoded again"
     assert set(site.made(config)) == set(ALL)
-    names = [name for name in site.stage_runs(config).values() if name in ("download[blots]", "bucket[blots]")]
-    assert sorted(names) == ["bucket[blots]", "download[blots]"]
-
-
-def test_two_pipelines_at_once_share_their_stage_runs_and_the_one_in_place_of_an_evicted_one(site: Site) -> None:
-    config = site.config(pictures=40, flow={"executor": "deployment", "retries": 1})
-    with site.workers() as workers:
-        first, second = site.begin(config), site.begin(config)
-        until("a shard of latents", site.memos, every_s=0.2)
-        (latents,) = [run for run, name in site.stage_runs(config).items() if name == "latents[blots]"]
-        evict(workers, latents)
-        assert site.wait(latents)["type"] == "CRASHED"
-        kept = site.memos()
-        assert [site.wait(run)["type"] for run in (first, second)] == ["COMPLETED", "COMPLETED"]
     names = [name for name in site.stage_runs(config).values() if not name.startswith("check")]
-    assert sorted(names) == sorted([*ALL, "latents[blots]"]), "a stage ran twice at once"
-    times = site.memos()
-    assert {name: times[name] for name in kept} == kept, "a finished shard was encoded again"
-
-
-def test_what_later_stages_would_refuse_is_found_before_a_gpu_works_for_them(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "published").write_text("a file where publish wants a folder")
-    config = site.config(train={"lora": {"targets": ["to_nowhere"]}})
-    with site.workers():
-        state = site.wait(site.begin(config))
-    assert state["type"] == "FAILED"
-    assert f"publish.path: {tmp_path / 'published'} is a file" in state["message"], state
-    assert "to_nowhere" in state["message"], state
-    expected = ["bucket[blots]", "check publish", "check train", "download[blots]"]
-    assert sorted(site.stage_runs(config).values()) == expected
+    times_run = {name: names.count(name) for name in ALL}
+    # The machine may have died with embeds on it too.
+    assert times_run.pop("embeds") <= 2
+    assert times_run.pop("latents[blots]") == 3
+    assert set(times_run.values()) == {1}, "a stage ran twice at once"

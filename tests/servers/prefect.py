@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from urllib.error import URLError
+
+import psutil
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 300
@@ -60,19 +65,25 @@ class PrefectServer:
         try:
             yield worker
         finally:
-            end_group(worker)
+            kill_trees(worker)
             log.close()
 
 
-def end_group(process: subprocess.Popen[bytes], grace_s: float = 20) -> None:
-    """Ends a process that was started in a session of its own, and its children."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(grace_s)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def kill_trees(*processes: subprocess.Popen[bytes]) -> None:
+    """Kills processes and all that they have started, at once, as a machine that loses its power does. (Asked to leave,
+    a worker and a server take some 20 s.)"""
+    trees = [
+        member
+        for process in processes
+        if process.poll() is None
+        for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True))
+    ]
+    for step in (psutil.Process.suspend, psutil.Process.kill):  # still, so that none starts another meanwhile
+        for member in trees:
+            with suppress(psutil.NoSuchProcess):
+                step(member)
+    for process in processes:
+        process.wait()
 
 
 @contextmanager
@@ -83,6 +94,7 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = PrefectServer(f"http://127.0.0.1:{port}/api", home)
+    shutil.copyfile(_empty_database(), home / "prefect.db")
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
@@ -95,7 +107,23 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
             _wait_until_healthy(server.url, process, home / "server.log")
             yield server
         finally:
-            end_group(process)
+            kill_trees(process)
+
+
+def _empty_database() -> Path:
+    """A database with all of Prefect's tables: making them anew takes a server half of its start."""
+    folder = Path(tempfile.gettempdir(), f"loraline-tests-{os.getuid()}-prefect-{version('prefect')}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    made = folder / "prefect.db"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run side by side
+        if not made.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as home:
+                command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+                environment = {**os.environ, "PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
+                subprocess.run(command, env=environment, check=True, capture_output=True)
+                Path(home, "prefect.db").rename(made)
+    return made
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
