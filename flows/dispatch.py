@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import httpx
@@ -45,6 +45,27 @@ CANCELLED = "the pipeline was cancelled"
 
 _ours: set[UUID] = set()
 _lock = threading.Lock()
+# Set once the pipeline's runs are being cancelled: one that is on its way to the server at that moment is, too.
+_cancelling = threading.Event()
+
+
+class _Started(NamedTuple):
+    """A run that makes an artifact."""
+
+    id: UUID
+    ours: bool
+    """This pipeline's run started it: in this process, or before it was retried."""
+    found: bool = False
+    """It was there before this attempt asked for it."""
+    leaving: bool = False
+    """It was being cancelled then."""
+
+    def says_nothing(self, end: FlowRun) -> bool:
+        """Whether its end is none of this attempt's: its machine had died already, or it was cancelled with whoever
+        wanted it before."""
+        if not self.found or end.state is None:
+            return False
+        return end.state.is_crashed() or (end.state.is_cancelled() and (self.leaving or not self.ours))
 
 
 def dispatch(
@@ -80,17 +101,15 @@ def dispatch(
     waiting = list(shares)
     while waiting:
         started = {share: _start(node, fingerprint, config, inputs, deployment, share, force) for share in waiting}
-        for run, ours in started.values():
-            text = "runs through its own deployment" if ours else "joins a run of another pipeline"
-            reporter.emit(Message(node.label, "info", f"{node} {text}: {_page(run)}"))
-        finished = _wait(node, [run for run, _ in started.values()], reporter)
-        # A run of another pipeline, whose machine died or that was cancelled with that pipeline, says nothing of ours.
-        lost = {run_id for run_id, run in finished.items() if _broke_off(run)}
-        waiting = [share for share, (run_id, ours) in started.items() if not ours and run_id in lost]
-        again = {started[share][0] for share in waiting}
+        for run in started.values():
+            text = "runs through its own deployment" if run.ours else "joins a run of another pipeline"
+            reporter.emit(Message(node.label, "info", f"{node} {text}: {_page(run.id)}"))
+        finished = _wait(node, [run.id for run in started.values()], reporter)
+        waiting = [share for share, run in started.items() if run.says_nothing(finished[run.id])]
+        again = {started[share].id for share in waiting}
         ended += [run for run_id, run in finished.items() if run_id not in again]
         for run_id in again:
-            text = f"the run {finished[run_id].name} of another pipeline broke off; a run of its own is started"
+            text = f"the run {finished[run_id].name} of an earlier attempt broke off; another one is started"
             reporter.emit(Message(node.label, "warning", text))
     failures = [_failure(node, run) for run in ended if run.state is not None and not run.state.is_completed()]
     if failures:
@@ -108,7 +127,7 @@ def check_there(node: Node, config: dict[str, Any], reporter: Reporter, deployme
         LoralineError: what is wrong, as `dispatch` raises it.
     """
     parameters = {"label": node.label, "config": config, "check": True}
-    run, _ = _create(node, deployment, parameters, None, f"check {node.label}")
+    run = _create(node, deployment, parameters, None, f"check {node.label}").id
     ended = _wait(node, [run], reporter)[run]
     if ended.state is None or not ended.state.is_completed():
         raise _failure(node, ended)
@@ -121,7 +140,17 @@ def cancel_all() -> None:
     interrupted one.
     """
     with _lock:
+        _cancelling.set()
         runs = list(_ours)
+    _cancel(runs)
+
+
+def start_over() -> None:
+    """A new pipeline begins in this process: that an earlier one was cancelled no longer counts."""
+    _cancelling.clear()
+
+
+def _cancel(runs: Sequence[UUID]) -> None:
     if not runs:
         return
     with get_client(sync_client=True) as client:
@@ -147,9 +176,8 @@ def _start(
     deployment: str,
     share: Slice | None,
     force: bool,
-) -> tuple[UUID, bool]:
-    """Joins the run that makes this artifact in this store, or starts one; its id, and whether this pipeline's own
-    run started it."""
+) -> _Started:
+    """Joins the run that makes this artifact in this store, or starts one."""
     where = [config["store"].get(name) for name in ("url", "endpoint_url", "region")]
     key = f"{fingerprint}:{digest_of(where)[:8]}:{share or 'whole'}" + (f":forced-{_pipeline_tag()}" if force else "")
     keys = [f"{key}:{attempt}" for attempt in range(MOST_ATTEMPTS)]
@@ -159,7 +187,8 @@ def _start(
         run for run in known if run.state is None or not run.state.is_final() or (force and run.state.is_completed())
     ]
     if standing:
-        return _noted(standing[0])
+        state = standing[0].state
+        return _noted(node, standing[0], True, state is not None and state.type == StateType.CANCELLING)
     if len(known) >= MOST_ATTEMPTS:
         raise LoralineError(
             f"{node}: {MOST_ATTEMPTS} runs of this artifact have ended, and it is not in the store; look at them first"
@@ -179,8 +208,10 @@ def _start(
     return _create(node, deployment, parameters, chosen, name)
 
 
-def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | None, name: str) -> tuple[UUID, bool]:
+def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | None, name: str) -> _Started:
     """Starts a run of a stage's deployment, or finds the one with that key; as `_start`."""
+    if is_leaving():
+        raise PreemptedError(f"{node}: not started, this process was asked to stop")
     try:
         run: FlowRun = run_deployment(  # type: ignore[assignment]
             deployment,
@@ -192,25 +223,28 @@ def _create(node: Node, deployment: str, parameters: dict[str, Any], key: str | 
         )
     except ObjectNotFound:
         raise ConfigError(
-            f"{node}: there is no deployment {deployment}: make it with `prefect deploy --all` from deploy/, or "
-            f"set flow.executor: inline"
+            f"{node}: there is no deployment {deployment}: make it with deploy/apply.py, or set flow.executor: inline"
         ) from None
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         raise TransientError(f"{node}: the Prefect server did not take the run ({error})") from error
-    return _noted(run)
+    return _noted(node, run, _pipeline_tag() not in run.tags)
 
 
 def _pipeline_tag() -> str:
     return f"pipeline:{flow_run.get_id()}"
 
 
-def _noted(run: FlowRun) -> tuple[UUID, bool]:
-    """The run's id, and whether this pipeline's run started it: in this process, or before it was retried."""
+def _noted(node: Node, run: FlowRun, found: bool, leaving: bool = False) -> _Started:
+    """Remembers a run of this pipeline as one to cancel with it."""
     ours = _pipeline_tag() in run.tags
     if ours and (run.state is None or not run.state.is_final()):
         with _lock:
             _ours.add(run.id)
-    return run.id, ours
+            late = _cancelling.is_set()
+        if late:
+            _cancel([run.id])
+            raise PreemptedError(f"{node}: {CANCELLED}")
+    return _Started(run.id, ours, found, leaving)
 
 
 def runs_with(keys: Sequence[str]) -> list[FlowRun]:
@@ -252,26 +286,30 @@ def _wait(node: Node, runs: Sequence[UUID], reporter: Reporter) -> dict[UUID, Fl
 
 
 def _read(call: Callable[[], T]) -> T:
-    """One answer of the server; a server that restarts must not fail the stage that is running elsewhere."""
+    """One answer of the server; a server that restarts must not fail the stage that is running elsewhere.
+
+    Raises:
+        TransientError: it has not come back.
+        PreemptedError: meanwhile this process was asked to stop.
+    """
     until = time.monotonic() + AWAY_S
     while True:
         try:
             return call()
-        except ObjectNotFound:
-            raise
-        except Exception:
+        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+            answer = getattr(error, "response", None)
+            if answer is not None and answer.status_code < 500 and answer.status_code not in (408, 429):
+                raise  # it is there, and says no
             if time.monotonic() > until:
-                raise
+                raise TransientError(f"the Prefect server has been away for {AWAY_S:.0f} s ({error})") from error
+            if is_leaving():
+                raise PreemptedError("the Prefect server is away, and this process was asked to stop") from error
             time.sleep(POLL_S)
 
 
 def _page(run_id: UUID) -> str:
     """Where the run's own page is, with its logs; its id where no page is known."""
     return url_for("flow-run", obj_id=run_id) or str(run_id)
-
-
-def _broke_off(run: FlowRun) -> bool:
-    return run.state is not None and (run.state.is_crashed() or run.state.is_cancelled())
 
 
 def _failure(node: Node, run: FlowRun) -> LoralineError:

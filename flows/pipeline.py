@@ -17,13 +17,14 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run, task_run
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
+from flows import child, dispatch
 from flows.artifacts import attempted, show_run, show_training
-from flows.child import ask_all, is_leaving, run_stage, start_over, stop_all
-from flows.dispatch import cancel_all, check_there, dispatch, was_cancelled
+from flows.child import ask_all, is_leaving, run_stage, stop_all
+from flows.dispatch import cancel_all, check_there, was_cancelled
 from flows.pinning import pinned
 from flows.reporting import reporter_for_run
 from stages.config import Config
@@ -71,8 +72,8 @@ def stage_task(label: str, config: Config, upstream: list[Made], force: bool) ->
     pipeline = Pipeline.open(config)
     node = pipeline.node(label)
     made_before = {name: reference for made in upstream for name, reference in made.items()}
-    # A second try after a transient failure keeps what the first one finished.
-    force = force and task_run.get_run_count() <= 1
+    # Asked for once: this run may be a retry of one that has done it.
+    force = force and not _has_made(pipeline, label)
     reporter, started_at = reporter_for_run(config.name), time.time()
 
     def note(action: Action, reason: str, manifest: Manifest | None = None) -> None:
@@ -119,7 +120,8 @@ def _make(pipeline: Pipeline, node: Node, job: Job, given: dict[str, str], repor
         values, name = config.model_dump(mode="json"), config.flow.deployment.format(stage=node.stage)
         workers = pipeline.workers(node)
         shares = [Slice(index, workers) for index in range(workers)] if workers > 1 and not force else [None]
-        fingerprint = dispatch(node, job.fingerprint, values, given, reporter, name, shares, force) or job.fingerprint
+        made_there = dispatch.dispatch(node, job.fingerprint, values, given, reporter, name, shares, force)
+        fingerprint = made_there or job.fingerprint
         if shares != [None]:
             fingerprint = run_stage(node, config, given, reporter, merge=True)
         made = pipeline.store.manifest(node.stage, fingerprint)
@@ -173,7 +175,8 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
     Raises:
         LoralineError: names every stage that failed.
     """
-    start_over()
+    child.start_over()
+    dispatch.start_over()
     pipeline, names = pinned(Pipeline.open(config)), set(force or [])
     _known(pipeline, names)
     # Everything that will run here is checked before the first of it does: a wrong setting of the last stage is found
@@ -208,7 +211,7 @@ def pipeline_flow(config: Config, force: list[str] | None = None) -> str:
         ask_all()
         try:
             # A person at a terminal (`loraline run`) means all of it. The server would not know of that yet.
-            if isinstance(reason, KeyboardInterrupt | SystemExit) or was_cancelled():
+            if isinstance(reason, KeyboardInterrupt) or was_cancelled():
                 cancel_all()
         finally:
             stop_all()
@@ -277,6 +280,12 @@ def _record_path(pipeline: Pipeline, label: str) -> str:
 def _write_record(pipeline: Pipeline, record: RunRecord) -> None:
     """Tells the report what became of a node: through the store, since its task may have run anywhere."""
     pipeline.store.put_json(_record_path(pipeline, record.label), record.to_json())
+
+
+def _has_made(pipeline: Pipeline, label: str) -> bool:
+    """Whether this flow run, before it was retried, has made a node's artifact."""
+    found = pipeline.store.get_json(_record_path(pipeline, label))
+    return found is not None and found["action"] in ("ran", "reused")
 
 
 def _read_records(pipeline: Pipeline) -> list[RunRecord]:

@@ -9,14 +9,15 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import EntrypointType
-from prefect.states import Cancelled, Completed, Crashed, Running, State
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Running, State
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import dispatch
 from flows.stage import stage_flow
-from stages.core.errors import LoralineError, TransientError
+from stages.core.errors import LoralineError, PreemptedError, TransientError
 from stages.core.events import Recorder
 from stages.pipeline import Node
 
@@ -51,12 +52,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Says in whose name runs are started from here on."""
     monkeypatch.setattr(dispatch, "_ours", set())
+    dispatch.start_over()
     monkeypatch.setattr(dispatch, "POLL_S", 0.2)
     return lambda name: monkeypatch.setattr(dispatch, "_pipeline_tag", lambda: f"pipeline:{name}")
 
 
 def start(config: dict[str, Any], force: bool = False) -> tuple[UUID, bool]:
-    return dispatch._start(NODE, "f" * 64, config, {}, DEPLOYMENT, None, force)
+    """A run's id, and whether it is this pipeline's own."""
+    run = dispatch._start(NODE, "f" * 64, config, {}, DEPLOYMENT, None, force)
+    return run.id, run.ours
 
 
 def put(run_id: UUID, state: State[Any]) -> None:
@@ -69,19 +73,33 @@ def read(run_id: UUID) -> FlowRun:
         return client.read_flow_run(run_id)
 
 
-def dispatched(config: dict[str, Any]) -> tuple[threading.Thread, list[Any]]:
-    """`dispatch` in a thread; its result or its error comes into the list."""
-    outcome: list[Any] = []
+class Dispatched:
+    """`dispatch` in a thread."""
 
-    def run() -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.recorder, self.outcome = Recorder(), list[Any]()
+        self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
+        self._thread.start()
+
+    def _run(self, config: dict[str, Any]) -> None:
         try:
-            outcome.append(dispatch.dispatch(NODE, "f" * 64, config, {}, Recorder(), DEPLOYMENT))
+            self.outcome.append(dispatch.dispatch(NODE, "f" * 64, config, {}, self.recorder, DEPLOYMENT))
         except LoralineError as error:
-            outcome.append(error)
+            self.outcome.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, outcome
+    def until_it_says(self, text: str, times: int = 1) -> None:
+        said = lambda: [event for event in self.recorder.events if text in getattr(event, "text", "")]  # noqa: E731
+        for _ in range(300):
+            if len(said()) >= times:
+                return
+            self._thread.join(0.1)
+        raise AssertionError(f"not said {times} times: {text}; but: {self.recorder.events}, {self.outcome}")
+
+    def end(self) -> Any:
+        """What it returned or raised."""
+        self._thread.join(60)
+        (found,) = self.outcome
+        return found
 
 
 def test_one_starts_a_run_and_another_joins_it(config: dict[str, Any], pipeline: Any) -> None:
@@ -123,41 +141,82 @@ def test_a_forced_run_is_forced_once_by_the_same_pipeline(config: dict[str, Any]
     assert start(config, force=True)[0] != run
 
 
+def test_nothing_is_started_once_the_pipeline_is_leaving(
+    config: dict[str, Any], pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline("one")
+    monkeypatch.setattr(dispatch, "is_leaving", lambda: True)
+    with pytest.raises(PreemptedError):
+        start(config)
+    assert runs_of(config) == []
+
+
+def test_a_run_that_was_on_its_way_to_the_server_is_cancelled_too(config: dict[str, Any], pipeline: Any) -> None:
+    pipeline("one")
+    dispatch.cancel_all()
+    with pytest.raises(PreemptedError, match=dispatch.CANCELLED):
+        start(config)
+    (run,) = runs_of(config)
+    assert run.state.type.value in ("CANCELLING", "CANCELLED")
+
+
 def test_a_joined_run_that_broke_off_is_started_anew(config: dict[str, Any], pipeline: Any) -> None:
     pipeline("other")
     theirs, _ = start(config)
     pipeline("one")
-    thread, outcome = dispatched(config)
+    dispatched = Dispatched(config)
+    dispatched.until_it_says("joins a run of another pipeline")
     put(theirs, Cancelled(message="with its own pipeline"))
-    for _ in range(300):
-        own = list(dispatch.runs_with([dispatched_key(theirs, 1)]))
-        if own:
-            break
-        thread.join(0.1)
-    put(own[0].id, Completed(message=f"done (artifact {'f' * 64})"))
-    thread.join(60)
-    assert outcome == ["f" * 64]
+    dispatched.until_it_says("runs through its own deployment")
+    (own,) = [run for run in runs_of(config) if run.id != theirs]
+    put(own.id, Completed(message=f"done (artifact {'f' * 64})"))
+    assert dispatched.end() == "f" * 64
 
 
-def dispatched_key(first: UUID, attempt: int) -> str:
-    key = read(first).idempotency_key
-    assert key is not None
-    return f"{key.rpartition(':')[0]}:{attempt}"
-
-
-@pytest.mark.parametrize(("state", "again"), [(Crashed(message="exit code 137"), True), (Cancelled(), False)])
-def test_a_crash_is_worth_another_try_and_what_a_person_cancelled_is_not(
-    config: dict[str, Any], pipeline: Any, state: State[Any], again: bool
+@pytest.mark.parametrize(
+    ("before", "end"),
+    [(Cancelling(), Cancelled()), (Running(), Crashed(message="no sign of life"))],
+    ids=["cancelled with the pipeline", "its machine died"],
+)
+def test_a_retried_pipeline_outlives_the_end_of_what_it_started_before(
+    config: dict[str, Any], pipeline: Any, before: State[Any], end: State[Any]
 ) -> None:
     pipeline("one")
-    thread, outcome = dispatched(config)
-    for _ in range(300):
-        if dispatch._ours:
-            break
-        thread.join(0.1)
+    earlier, _ = start(config)
+    put(earlier, Running())
+    put(earlier, before)
+    dispatched = Dispatched(config)
+    dispatched.until_it_says("runs through its own deployment")
+    put(earlier, end)
+    dispatched.until_it_says("runs through its own deployment", times=2)
+    (own,) = [run for run in runs_of(config) if run.id != earlier]
+    put(own.id, Completed(message=f"done (artifact {'f' * 64})"))
+    assert dispatched.end() == "f" * 64
+
+
+def runs_of(config: dict[str, Any]) -> list[FlowRun]:
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[f"config:{config['name']}"]))
+        )
+    return list(found)
+
+
+@pytest.mark.parametrize(
+    ("state", "found", "again"),
+    [(Crashed(message="exit code 137"), False, True), (Cancelled(), False, False), (Cancelled(), True, False)],
+)
+def test_a_crash_is_worth_another_try_and_what_a_person_cancelled_is_not(
+    config: dict[str, Any], pipeline: Any, state: State[Any], found: bool, again: bool
+) -> None:
+    pipeline("one")
+    if found:
+        start(config)
+    dispatched = Dispatched(config)
+    dispatched.until_it_says("runs through its own deployment")
     (run,) = dispatch._ours
     put(run, state)
-    thread.join(60)
-    assert isinstance(outcome[0], TransientError) is again
-    assert isinstance(outcome[0], LoralineError)
+    outcome = dispatched.end()
+    assert isinstance(outcome, TransientError) is again
+    assert isinstance(outcome, LoralineError)
     assert not dispatch._ours, "an ended run is not cancelled"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.pipeline import pipeline_flow
+from flows import pipeline
+from flows.pipeline import pipeline_flow, stage_task
 from stages.config import Config
-from stages.core.errors import LoralineError
+from stages.core.errors import LoralineError, TransientError
 from stages.core.events import Recorder, StageFinished, StageReused
 from stages.pipeline import Pipeline
 from tests.pictures import draw_pictures, small_config
@@ -54,7 +57,31 @@ def to_run(config: Config) -> dict[str, str]:
     return {step.node.label: "; ".join(step.reasons) for step in Pipeline.open(config).plan() if step.action == "run"}
 
 
-def test_the_whole_pipeline_then_nothing_then_only_what_is_new(config: Config, tmp_path: Path) -> None:
+def losing_the_first(run_stage: Callable[..., str]) -> Callable[..., str]:
+    """The first call of it fails as a stage does that is killed."""
+    calls: list[Any] = []
+
+    def run(*arguments: Any, **more: Any) -> str:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise TransientError("killed")
+        return run_stage(*arguments, **more)
+
+    return run
+
+
+def test_what_is_forced_is_forced_once_in_a_run(config: Config) -> None:
+    @flow
+    def twice() -> list[str | None]:
+        tries = [stage_task("download[blots]", config, [], True, return_state=True) for _ in range(2)]
+        return [state.name for state in tries]
+
+    assert twice() == ["Completed", "Reused"]
+
+
+def test_the_whole_pipeline_then_nothing_then_only_what_is_new(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place, recorder = run(config)
     assert finished(recorder) == set(ALL)
     assert "<html" in Path(place).read_text(encoding="utf-8")
@@ -65,7 +92,11 @@ def test_the_whole_pipeline_then_nothing_then_only_what_is_new(config: Config, t
     assert finished(recorder) == set()
     assert {"Reused", "Completed"} <= _task_states()
 
-    _, recorder = run(config, force=["bucket"])
+    # Forced, and its first try is lost: what is in the store already is not taken for what the second one made.
+    once_more = config.model_copy(update={"flow": config.flow.model_copy(update={"retries": 1})})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_stage", losing_the_first(pipeline.run_stage))
+        _, recorder = run(once_more, force=["bucket"])
     assert finished(recorder) == {"bucket[blots]"}, "the same crops: nothing after them is done again"
 
     changed = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 5e-4})})
