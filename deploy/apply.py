@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Makes the work pools cpu and gpu of a kind, all deployments, and what ends runs that nobody works on.
 
-    deploy/apply.py KIND [GPUS]
+    deploy/apply.py KIND [GPUS] [--gpu-kind KIND]
 
-KIND is process, docker, kubernetes, ecs or vertex. GPUS is how many stages may use a GPU at the same time (1). May be
-run again at any time: everything is updated, sensors (deploy/sensor.py) with their configurations and schedules kept.
+KIND is process, docker, kubernetes, ecs or vertex; the pool gpu may be of another one than cpu. GPUS is how many stages
+may use a GPU at the same time (1). May be run again at any time: everything is updated, sensors (deploy/sensor.py) with
+their configurations and schedules kept.
 
 PREFECT_API_URL      the server
 LORALINE_IMAGE       the image of target cpu; not needed by process
@@ -26,35 +27,41 @@ HERE = Path(__file__).parent
 TYPES = {"process": "process", "docker": "docker", "kubernetes": "kubernetes", "ecs": "ecs", "vertex": "vertex-ai"}
 
 
-def make_pools(kind: str, gpus: int) -> str | None:
+def make_pools(kinds: dict[str, str], gpus: int) -> str | None:
     """Makes both pools with the base job templates of deploy/work-pools, or brings them up to date: one that is paused
     stays so, and `cpu` keeps a limit that somebody gave it.
 
+    Args:
+        kinds: of the pools, by their names.
+        gpus: the limit of the pool gpu.
+
     Returns:
-        What is in the way.
+        What is in the way; nothing was changed then.
     """
     # Prefect reads its settings when it is imported.
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.exceptions import ObjectNotFound
+    from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 
     with get_client(sync_client=True) as client:
-        for name, limits in (("cpu", {}), ("gpu", {"concurrency_limit": gpus})):
+        chosen = WorkPoolFilter(name=WorkPoolFilterName(any_=list(kinds)))
+        found = {pool.name: pool.type for pool in client.read_work_pools(work_pool_filter=chosen)}
+        for name, type_ in found.items():
+            if type_ != TYPES[kinds[name]]:
+                return (
+                    f"the work pool {name!r} is there already, of type {type_}, and a pool's type cannot be changed: "
+                    f"end its workers and `prefect work-pool delete {name}`, then apply again"
+                )
+        for name, kind in kinds.items():
             file = HERE / "work-pools" / ("process.json" if kind == "process" else f"{kind}-{name}.json")
             template = json.loads(file.read_text(encoding="utf-8"))
-            try:
-                found = client.read_work_pool(name)
-            except ObjectNotFound:
+            limits = {"concurrency_limit": gpus} if name == "gpu" else {}
+            if name in found:
+                client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, **limits))
+            else:
                 client.create_work_pool(
                     WorkPoolCreate(name=name, type=TYPES[kind], base_job_template=template, **limits)
                 )
-            else:
-                if found.type != TYPES[kind]:
-                    return (
-                        f"the work pool {name!r} is there already, of type {found.type}, and a pool's type cannot be "
-                        f"changed: end its workers and `prefect work-pool delete {name}`, then apply again"
-                    )
-                client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, **limits))
             print(f"work pool {name!r}: {kind}" + (f", {gpus} at the same time" if limits else ""))
     return None
 
@@ -63,19 +70,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=TYPES)
     parser.add_argument("gpus", nargs="?", type=int, default=1)
+    parser.add_argument("--gpu-kind", choices=TYPES, help="of the pool gpu, where it is another one")
     arguments = parser.parse_args()
+    kinds = {"cpu": arguments.kind, "gpu": arguments.gpu_kind or arguments.kind}
     if not os.environ.get("PREFECT_API_URL"):
         parser.error(
             "PREFECT_API_URL is not set: the address of your Prefect server, such as http://127.0.0.1:4200/api"
         )
     if not os.environ.get("LORALINE_IMAGE"):
-        if arguments.kind != "process":
+        if set(kinds.values()) != {"process"}:
             parser.error("LORALINE_IMAGE is not set: the image that stages run in, such as registry/loraline:1.0-cpu")
         # A process runs in its worker's own environment: there is no image to name.
         os.environ["LORALINE_IMAGE"] = "none"
     os.environ["LORALINE_GPU_IMAGE"] = os.environ.get("LORALINE_GPU_IMAGE") or os.environ["LORALINE_IMAGE"]
     os.environ["LORALINE_REVISION"] = os.environ.get("LORALINE_REVISION") or "unknown"
-    if problem := make_pools(arguments.kind, arguments.gpus):
+    if problem := make_pools(kinds, arguments.gpus):
         print(f"error: {problem}", file=sys.stderr)
         return 64
     command = [

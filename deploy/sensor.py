@@ -28,6 +28,7 @@ from prefect.deployments.runner import EntrypointType
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.templating import apply_values
+from pydantic import ValidationError
 
 from flows.watch import watch_flow
 from stages.config import load_config
@@ -58,7 +59,7 @@ def deploy(
     parameters: dict[str, Any],
     pipeline: DeploymentResponse,
     known: DeploymentResponse | None = None,
-    cron: str | None = None,
+    cron: CronSchedule | None = None,
 ) -> None:
     """Makes or updates a sensor, on the image and revision of the pipeline.
 
@@ -89,17 +90,17 @@ def deploy(
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
     if known is None:
-        schedules = [{"cron": cron, "timezone": "UTC"}] if cron else definition["schedules"]
+        schedules = [cron.model_dump(include={"cron", "timezone"})] if cron else definition["schedules"]
         made.apply(schedules=[{"active": one.pop("active", True), "schedule": one} for one in schedules])
     else:
         # What is unset is not sent, and stays. Sent back, schedules would lose some of their fields on the server.
-        made.model_fields_set.discard("schedules")
+        made.model_fields_set.difference_update({"schedules", "paused"})
         made.apply()
         if cron:
             with get_client(sync_client=True) as client:
+                client.create_deployment_schedules(known.id, [(cron, True)])
                 for schedule in known.schedules:
                     client.delete_deployment_schedule(known.id, schedule.id)
-                client.create_deployment_schedules(known.id, [(CronSchedule(cron=cron, timezone="UTC"), True)])
     print(f"the sensor watch/{name} is deployed")
 
 
@@ -115,6 +116,15 @@ def remove(sensor: DeploymentResponse) -> None:
     with get_client(sync_client=True) as client:
         client.delete_resource_owned_automations(f"prefect.deployment.{sensor.id}")
         client.delete_deployment(sensor.id)
+
+
+def _cron(text: str) -> CronSchedule:
+    try:
+        return CronSchedule(cron=text, timezone="UTC")
+    except ValidationError:
+        raise ConfigError(
+            f"--cron: {text!r} is no schedule; one is minute, hour, day, month, weekday, such as '5 4 * * *'"
+        ) from None
 
 
 def main() -> int:
@@ -147,6 +157,7 @@ def main() -> int:
         config = load_config(arguments.config, arguments.sets)
         if config.name == BARE:
             raise ConfigError(f"name: a sensor cannot be called {BARE!r}, that deployment is there already")
+        cron = _cron(arguments.cron) if arguments.cron else None
     except LoralineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -155,7 +166,7 @@ def main() -> int:
     for option in ("minimum_new_images", "retrain_from_published"):
         if (value := getattr(arguments, option)) is not None:
             parameters[option] = value
-    deploy(config.name, parameters, pipeline, known, arguments.cron)
+    deploy(config.name, parameters, pipeline, known, cron)
     return 0
 
 

@@ -71,6 +71,10 @@ def test_everything_is_there_once_however_often_it_is_applied(site: Site) -> Non
 def test_a_pool_of_another_kind_is_not_turned_into_this_one(site: Site) -> None:
     with pytest.raises(AssertionError, match=r"'cpu' is there already, of type process.*work-pool delete cpu"):
         site.command([*APPLY[:-1], "docker"], {"LORALINE_IMAGE": "registry.example/loraline:1"})
+    before = site.post("work_pools/filter")
+    with pytest.raises(AssertionError, match="'gpu' is there already"):
+        site.command([*APPLY, "7", "--gpu-kind", "docker"], {"LORALINE_IMAGE": "registry.example/loraline:1"})
+    assert {pool["updated"] for pool in site.post("work_pools/filter")} == {pool["updated"] for pool in before}
 
 
 def test_a_sensor_keeps_its_configuration_and_its_schedule_when_all_is_applied_again(site: Site, folder: Path) -> None:
@@ -147,6 +151,15 @@ def test_what_looks_like_a_placeholder_in_a_configuration_is_left_alone(site: Si
         site.command([*SENSOR, *command])
         kept = site.deployments()["literal"]["parameters"]["config"]
         assert kept["validation"]["prompts"] == [prompt]
+
+
+def test_a_wrong_schedule_is_refused_before_anything_is_changed(site: Site, folder: Path) -> None:
+    path = configuration(folder, "wrong")
+    site.command([*SENSOR, str(path), "--cron", "5 4 * * *"])
+    before = site.deployments()["wrong"]
+    with pytest.raises(AssertionError, match=r"--cron: '0 3 \* \*' is no schedule"):
+        site.command([*SENSOR, str(path), "--cron", "0 3 * *", "--set", "seed=5"])
+    assert site.deployments()["wrong"] == before
 
 
 def test_a_sensor_needs_a_name_of_its_own(site: Site, folder: Path) -> None:
