@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image
 
 from stages.config import Config
+from stages.core.artifact import Manifest
+from stages.core.events import Recorder
+from stages.pipeline import Node, Pipeline
 
 TINY_SD3 = Path(__file__).parent.parent / "examples" / "demo" / "tiny-sd3"
 SIZES = ((96, 96), (128, 96), (96, 128))
@@ -60,3 +63,14 @@ def small_config(folder: Path, images: Path, **changes: Any) -> Config:
     for key, value in changes.items():
         fields[key] = {**fields[key], **value} if isinstance(value, dict) and key in fields else value
     return Config.model_validate(fields)
+
+
+def run_all(config: Config) -> dict[str, str]:
+    """Runs every stage in this process; the artifacts' digests, by label."""
+    pipeline = Pipeline.open(config)
+    made: dict[Node, Manifest] = {}
+    for node in pipeline.order:
+        manifest = pipeline.run_node(node, made, Recorder())
+        assert manifest is not None
+        made[node] = manifest
+    return {node.label: manifest.digest() for node, manifest in made.items()}

@@ -15,7 +15,7 @@ import pytest
 
 from stages.config import Config
 from stages.pipeline import Node, Pipeline
-from tests.pictures import draw_pictures, small_config
+from tests.pictures import draw_pictures, run_all, small_config
 from tests.servers.hub import HubServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.kill]
@@ -89,10 +89,7 @@ def finished_units(folder: Path, stage: str) -> dict[str, int]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The digest of each artifact of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = config_for(folder, draw_pictures(folder / "images", PICTURES))
-    for stage in ("download", "bucket", "latents", "embeds", "train"):
-        run(config, stage, folder)
-    return digests(config)
+    return run_all(config_for(folder, draw_pictures(folder / "images", PICTURES)))
 
 
 def config_for(folder: Path, images: Path) -> Config:

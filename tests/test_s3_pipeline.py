@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from stages.config import Config
-from stages.core.artifact import Manifest, Shard
-from stages.core.events import Recorder
+from stages.core.artifact import Shard
 from stages.core.store import Store
-from stages.pipeline import Node, Pipeline
+from stages.pipeline import Pipeline
 from stages.registry import STAGES
-from tests.pictures import draw_pictures, small_config
+from tests.pictures import draw_pictures, run_all, small_config
 from tests.servers.s3 import S3Server
 
 pytestmark = pytest.mark.slow
@@ -51,21 +50,7 @@ def run_each_stage(config: Config, folder: Path, environment: dict[str, str]) ->
             check=False,
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
-    return digests(Pipeline.open(config))
-
-
-def run_here(config: Config) -> dict[str, str]:
-    """Every stage in this process; the artifacts' digests."""
     pipeline = Pipeline.open(config)
-    made: dict[Node, Manifest] = {}
-    for node in pipeline.order:
-        manifest = pipeline.run_node(node, made, Recorder())
-        assert manifest is not None
-        made[node] = manifest
-    return digests(pipeline)
-
-
-def digests(pipeline: Pipeline) -> dict[str, str]:
     return {node.label: made.digest() for node in pipeline.order if (made := pipeline.last(node)) is not None}
 
 
@@ -79,7 +64,7 @@ def test_six_stages_over_s3_make_what_a_folder_makes(
     remote = small_config(tmp_path, images, store={"url": f"s3://{s3.bucket}/runs/one"})
     made = run_each_stage(remote, tmp_path, environment)
     assert len(made) == len(STAGES)
-    local = run_here(small_config(tmp_path, images))
+    local = run_all(small_config(tmp_path, images))
     assert {label: made[label] for label in made if label != "publish"} == {
         label: local[label] for label in local if label != "publish"
     }

@@ -83,26 +83,25 @@ def test_however_a_run_is_started_again_it_does_only_what_is_not_in_the_store(si
         assert (only["state_type"], only["name"]) == ("COMPLETED", f"{config.name}: nothing to do")
 
 
-def test_two_pipelines_at_once_share_their_runs_though_their_machine_dies_and_a_run_is_evicted(site: Site) -> None:
+def test_a_machine_dies_then_two_pipelines_at_once_share_all_runs_though_one_is_evicted(site: Site) -> None:
     config = site.config(pictures=40, flow={"executor": "deployment", "retries": 1})
 
     def runs_of_latents() -> list[str]:
         return [run for run, name in site.stage_runs(config).items() if name == "latents[blots]"]
 
     with site.workers() as workers:
-        for _ in range(2):
-            site.begin(config)
+        site.begin(config)
         until("two shards of latents", lambda: len(site.memos()) >= 2, every_s=0.2)
         kill_trees(*workers)
     kept = site.memos()
     assert Pipeline.open(config).last(Node("latents", "blots")) is None
     (lost,) = runs_of_latents()
 
-    # Other workers, and the same parameters again: the server still believes that the first runs are alive.
+    # Other workers, and the same parameters again, twice: the server still believes that the first runs are alive.
     with site.workers() as workers:
         assert site.state(lost)["type"] == "RUNNING"
         first, second = site.begin(config), site.begin(config)
-        until("another shard of latents", lambda: len(site.memos()) > len(kept), every_s=0.2)
+        until("another shard of latents", lambda: len(site.memos()) > len(kept))
         assert site.state(lost)["type"] == "CRASHED"
         (latents,) = [run for run in runs_of_latents() if run != lost]
         evict(workers, latents)

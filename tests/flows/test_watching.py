@@ -39,11 +39,10 @@ def test_the_sensor_starts_a_run_only_when_something_is_new(site: Site) -> None:
         few, why = check(minimum_new_images=5)
         assert (few, "fewer than 5" in why) == ("Skipped", True), why
         assert check(minimum_new_images=2, retrain_from_published=True)[0] == "Started"
-        second = [run for run in _pipelines(site, config) if run not in first]
-        assert [site.wait(run)["type"] for run in second] == ["COMPLETED"]
-    parameters = site.run(second[0])["parameters"]["config"]
+    (second,) = [run for run in _pipelines(site, config) if run not in first]
     published = Pipeline.open(config).store.get_json(f"runs/{config.name}/published.json")
-    assert parameters["train"]["previous"] not in (None, published["train"]), "measured against the one before"
+    asked = site.run(second)["parameters"]["config"]
+    assert asked["train"]["previous"] == published["train"], "measured against the one before"
 
 
 def _pipelines(site: Site, config: Config) -> list[str]:
@@ -52,7 +51,9 @@ def _pipelines(site: Site, config: Config) -> list[str]:
 
 
 def test_however_a_pipeline_is_stopped_its_stage_runs_end_with_it(site: Site, tmp_path: Path) -> None:
-    config = site.config(pictures=120)
+    # One of them elsewhere, and one that runs beside it in the pipeline's own machine.
+    flow = {"executor": "inline", "executors": {"latents": "deployment"}, "retries": 0}
+    config = site.config(pictures=120, flow=flow)
     path = tmp_path / "run.json"
     path.write_text(config.model_dump_json(), encoding="utf-8")
     with site.workers():
@@ -62,8 +63,7 @@ def test_however_a_pipeline_is_stopped_its_stage_runs_end_with_it(site: Site, tm
         site.prefect("flow-run", "cancel", run)
         assert site.wait(run)["type"] == "CANCELLED"
         first = until("the end of every stage's run", lambda: _ends(site, config), deadline_s=90)
-        assert ("latents[blots]", "CANCELLED") in first, first
-        assert {state for name, state in first if name != "latents[blots]"} <= {"COMPLETED", "CANCELLED"}
+        assert first == [("latents[blots]", "CANCELLED")]
 
         # At the terminal, by Ctrl-C. What the first one did is not done again.
         done = len(site.memos())
@@ -75,14 +75,14 @@ def test_however_a_pipeline_is_stopped_its_stage_runs_end_with_it(site: Site, tm
             # A shell has what it starts in the background ignore Ctrl-C, these tests perhaps too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as own:
-            until("another shard of latents", lambda: len(site.memos()) > done, every_s=0.2)
-            own.send_signal(signal.SIGINT)
-            assert own.wait(90) != 0
+            try:
+                until("another shard of latents", lambda: len(site.memos()) > done, every_s=0.2)
+                own.send_signal(signal.SIGINT)
+                assert own.wait(90) != 0
+            finally:
+                own.kill()
         second = until("the end of every stage's run", lambda: _ends(site, config), deadline_s=90)
-    names = [name for name, _ in second]
-    assert (names.count("download[blots]"), names.count("bucket[blots]")) == (1, 1)
-    assert [state for name, state in second if name == "latents[blots]"] == ["CANCELLED", "CANCELLED"]
-    assert "train" not in names
+    assert second == first * 2
     assert Pipeline.open(config).last(Node("latents", "blots")) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,19 +72,32 @@ class PrefectServer:
 
 def kill_trees(*processes: subprocess.Popen[bytes]) -> None:
     """Kills processes and all that they have started, at once, as a machine that loses its power does. (Asked to leave,
-    a worker and a server take some 20 s.)"""
-    trees = [
-        member
-        for process in processes
-        if process.poll() is None
-        for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True))
-    ]
-    for step in (psutil.Process.suspend, psutil.Process.kill):  # still, so that none starts another meanwhile
-        for member in trees:
+    a worker and a server take some 20 s.)
+
+    Args:
+        processes: each was started in a session of its own.
+    """
+    still: set[psutil.Process] = set()
+    # Whoever is still starts no other: again, until there is nobody new.
+    while moving := {member for process in processes for member in _tree(process)} - still:
+        for member in moving:
             with suppress(psutil.NoSuchProcess):
-                step(member)
+                member.suspend()
+        still |= moving
+    for member in still:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what one left behind that had ended already
         process.wait()
+
+
+def _tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    if process.poll() is not None:
+        return []
+    root = psutil.Process(process.pid)
+    return [root, *root.children(recursive=True)]
 
 
 @contextmanager
@@ -114,13 +128,16 @@ def _empty_database() -> Path:
     """A database with all of Prefect's tables: making them anew takes a server half of its start."""
     folder = Path(tempfile.gettempdir(), f"loraline-tests-{os.getuid()}-prefect-{version('prefect')}")
     folder.mkdir(mode=0o700, exist_ok=True)
+    assert folder.stat().st_uid == os.getuid(), f"{folder} belongs to somebody else"
     made = folder / "prefect.db"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes run side by side
         if not made.exists():
             with tempfile.TemporaryDirectory(dir=folder) as home:
                 command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
-                environment = {**os.environ, "PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
+                # Whatever server the person at this machine uses is not to be touched.
+                own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+                environment = {**own, "PREFECT_HOME": home, "DO_NOT_TRACK": "1"}
                 subprocess.run(command, env=environment, check=True, capture_output=True)
                 Path(home, "prefect.db").rename(made)
     return made
