@@ -162,9 +162,16 @@ def _cancel(runs: Sequence[UUID]) -> None:
 
 
 def was_cancelled() -> bool:
-    """Whether somebody cancelled the current flow run; one that was evicted goes on somewhere else."""
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(UUID(str(flow_run.get_id()))).state
+    """Whether somebody cancelled the current flow run; one that was evicted goes on somewhere else.
+
+    A server that cannot be asked leaves with this machine: that is an eviction.
+    """
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(str(flow_run.get_id()))).state
+    except Exception as error:  # it must not hide the reason for leaving
+        logging.getLogger(__name__).warning("the Prefect server does not say whether this run was cancelled: %s", error)
+        return False
     return state is not None and state.type in (StateType.CANCELLING, StateType.CANCELLED)
 
 

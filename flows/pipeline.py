@@ -72,8 +72,6 @@ def stage_task(label: str, config: Config, upstream: list[Made], force: bool) ->
     pipeline = Pipeline.open(config)
     node = pipeline.node(label)
     made_before = {name: reference for made in upstream for name, reference in made.items()}
-    # Asked for once: this run may be a retry of one that has done it.
-    force = force and not _has_made(pipeline, label)
     reporter, started_at = reporter_for_run(config.name), time.time()
 
     def note(action: Action, reason: str, manifest: Manifest | None = None) -> None:
@@ -81,6 +79,8 @@ def stage_task(label: str, config: Config, upstream: list[Made], force: bool) ->
         _write_record(pipeline, RunRecord(label, action, reason, seconds, manifest, started_at))
 
     try:
+        # Asked for once: this run may be a retry of one that has done it.
+        force = force and not _has_made(pipeline, label)
         manifests = {pipeline.node(name): pipeline.store.resolve(found) for name, found in made_before.items()}
         pipeline.foresee(node, manifests)
         job = pipeline.job(node, manifests)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Whatever servers and accounts the person at this machine uses are not to be touched.
+for name in [name for name in os.environ if name.startswith(("LORALINE__", "AWS_", "HF_", "PREFECT_"))]:
+    del os.environ[name]
 # Read at import by huggingface_hub and torch: set before any test module imports them.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -15,8 +18,6 @@ os.environ["DO_NOT_TRACK"] = "1"
 # No test needs blocks, and registering them loads every integration of Prefect.
 os.environ["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in [name for name in os.environ if name.startswith(("LORALINE__", "AWS_", "HF_TOKEN", "HF_ENDPOINT"))]:
-    del os.environ[name]
 
 import pytest  # noqa: E402
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
@@ -220,3 +221,29 @@ def test_a_crash_is_worth_another_try_and_what_a_person_cancelled_is_not(
     assert isinstance(outcome, TransientError) is again
     assert isinstance(outcome, LoralineError)
     assert not dispatch._ours, "an ended run is not cancelled"
+
+
+def answering(code: int) -> Callable[[], None]:
+    """A call of a server that answers with an error."""
+
+    def call() -> None:
+        request = httpx.Request("GET", "http://127.0.0.1/api")
+        httpx.Response(code, request=request).raise_for_status()
+
+    return call
+
+
+def test_a_server_that_says_no_is_not_asked_again() -> None:
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        dispatch._read(answering(403))
+
+
+def test_a_server_that_is_away_is_waited_for_but_not_for_ever(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([answering(503), answering(429), lambda: "here"])
+    assert dispatch._read(lambda: next(answers)()) == "here"
+    monkeypatch.setattr(dispatch, "AWAY_S", 0.5)
+    with pytest.raises(TransientError, match="has been away"):
+        dispatch._read(answering(503))
+    monkeypatch.setattr(dispatch, "is_leaving", lambda: True)
+    with pytest.raises(PreemptedError):
+        dispatch._read(answering(503))

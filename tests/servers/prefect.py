@@ -77,6 +77,8 @@ def kill_trees(*processes: subprocess.Popen[bytes]) -> None:
     Args:
         processes: each was started in a session of its own.
     """
+    # One that was killed before took its group along, whose number may be somebody else's by now.
+    groups = [process.pid for process in processes if process.returncode != -signal.SIGKILL]
     still: set[psutil.Process] = set()
     # Whoever is still starts no other: again, until there is nobody new.
     while moving := {member for process in processes for member in _tree(process)} - still:
@@ -87,9 +89,10 @@ def kill_trees(*processes: subprocess.Popen[bytes]) -> None:
     for member in still:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    for process in processes:
+    for group in groups:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what one left behind that had ended already
+            os.killpg(group, signal.SIGKILL)  # what one left behind that had ended already
+    for process in processes:
         process.wait()
 
 
