@@ -110,4 +110,4 @@ def test_cancelling_the_pipeline_cancels_the_stage_in_its_container(
         time.sleep(1)
     print(f"and no container of it runs any more {time.monotonic() - started:.0f} s after it was asked for")
     worked = [run["name"] for run in runs[1:] if not run["parameters"].get("check")]
-    assert worked == ["train"]
+    assert worked[-1] == "train", "nothing comes after what was cancelled"
