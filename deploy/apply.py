@@ -22,6 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from server import look_for_server
+
 HERE = Path(__file__).parent
 # By our names: those of Prefect's workers.
 TYPES = {"process": "process", "docker": "docker", "kubernetes": "kubernetes", "ecs": "ecs", "vertex": "vertex-ai"}
@@ -73,10 +75,9 @@ def main() -> int:
     parser.add_argument("--gpu-kind", choices=TYPES, help="of the pool gpu, where it is another one")
     arguments = parser.parse_args()
     kinds = {"cpu": arguments.kind, "gpu": arguments.gpu_kind or arguments.kind}
-    if not os.environ.get("PREFECT_API_URL"):
-        parser.error(
-            "PREFECT_API_URL is not set: the address of your Prefect server, such as http://127.0.0.1:4200/api"
-        )
+    if arguments.gpus < 1:
+        parser.error("GPUS: at least 1, or no stage that wants a GPU would ever begin")
+    look_for_server(parser)
     if not os.environ.get("LORALINE_IMAGE"):
         if set(kinds.values()) != {"process"}:
             parser.error("LORALINE_IMAGE is not set: the image that stages run in, such as registry/loraline:1.0-cpu")
@@ -99,7 +100,6 @@ def main() -> int:
     ]
     if code := subprocess.run(command, cwd=HERE.parent, check=False).returncode:
         return code
-    # Beside this file, as `python deploy/apply.py` finds them.
     import automations
     import sensor
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.schemas.automations import AutomationCore
+from server import look_for_server
 
 FILE = Path(__file__).with_name("automations.yaml")
 
@@ -50,4 +51,6 @@ def apply_all(file: Path = FILE) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, default=FILE)
-    apply_all(parser.parse_args().file)
+    file_ = parser.parse_args().file
+    look_for_server(parser)
+    apply_all(file_)

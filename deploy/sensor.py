@@ -29,6 +29,7 @@ from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.templating import apply_values
 from pydantic import ValidationError
+from server import look_for_server
 
 from flows.watch import watch_flow
 from stages.config import load_config
@@ -143,6 +144,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if [bool(arguments.config), arguments.renew, bool(arguments.remove)].count(True) != 1:
         parser.error("give a configuration, --renew, or --remove NAME")
+    look_for_server(parser)
     try:
         if arguments.renew:
             renew()
@@ -157,7 +159,7 @@ def main() -> int:
         config = load_config(arguments.config, arguments.sets)
         if config.name == BARE:
             raise ConfigError(f"name: a sensor cannot be called {BARE!r}, that deployment is there already")
-        cron = _cron(arguments.cron) if arguments.cron else None
+        cron = None if arguments.cron is None else _cron(arguments.cron)
     except LoralineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -37,7 +37,6 @@ _ERRORS: dict[int, type[LoralineError]] = {
     for error in (ConfigError, InputError, MissingInputError, StoreError, TransientError, PreemptedError)
 }
 _running: set[subprocess.Popen[str]] = set()
-_asked: set[subprocess.Popen[str]] = set()
 _leaving = threading.Event()
 # The engine that runs a flow is killed 30 s after SIGTERM: a checkpoint has this long.
 GRACE_S = 25
@@ -92,7 +91,15 @@ def run_stage(
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LORALINE__")}
         environment[DIE_WITH_PARENT] = "1"
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            # Whoever stops this process's group, as Prefect's process worker and a terminal do, does not mean the
+            # stage: it is asked below, once, and killed only when it takes too long.
+            start_new_session=True,
         )
         _running.add(process)
         if is_leaving():  # asked between the look above and this line
@@ -121,7 +128,6 @@ def run_stage(
             raise
         finally:
             _running.discard(process)
-            _asked.discard(process)
             listener.join(timeout=5)
     if code != 0:
         raise _error(node, code, failure, list(tail))
@@ -162,9 +168,7 @@ def stop_all() -> None:
 
 
 def _ask(process: subprocess.Popen[str]) -> None:
-    # Once only: a second SIGTERM ends a stage at once, in the middle of its saving.
-    if process not in _asked and process.poll() is None:
-        _asked.add(process)
+    if process.poll() is None:
         process.send_signal(signal.SIGTERM)
 
 

@@ -1,6 +1,8 @@
 """Being asked to leave: SIGTERM (spot eviction, `docker stop`, cancelling) and Ctrl-C as a flag, not as an exception.
 
-Work is only given up at places where everything finished is saved. A second signal ends the process at once.
+Work is only given up at places where everything finished is saved. A second Ctrl-C ends the process at once. A second
+SIGTERM changes nothing: a process group, a service manager and a parent may each send one for the same wish. Whoever
+does not want to wait sends SIGKILL.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Turns the first SIGTERM or SIGINT into a set flag; the second one does what it always did.
+    """Turns SIGTERM and SIGINT into a set flag; a second SIGINT does what it always did.
 
     Only the main thread of a process may take signals: elsewhere the flag is simply never set.
     """
@@ -49,7 +51,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
     def take(number: int, frame: FrameType | None) -> None:
         flag.set(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, take)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -75,6 +76,27 @@ def test_a_pool_of_another_kind_is_not_turned_into_this_one(site: Site) -> None:
     with pytest.raises(AssertionError, match="'gpu' is there already"):
         site.command([*APPLY, "7", "--gpu-kind", "docker"], {"LORALINE_IMAGE": "registry.example/loraline:1"})
     assert {pool["updated"] for pool in site.post("work_pools/filter")} == {pool["updated"] for pool in before}
+
+
+@pytest.mark.parametrize("script", ["apply.py process", "sensor.py --renew", "automations.py"])
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [("", "PREFECT_API_URL is not set"), ("http://127.0.0.1:9/api", "no Prefect server answers at PREFECT_API_URL=")],
+)
+def test_without_a_server_nothing_is_begun(script: str, url: str, complaint: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": url}
+    name, *arguments = script.split()
+    answer = subprocess.run(
+        [sys.executable, str(ROOT / "deploy" / name), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert (answer.returncode, complaint in answer.stderr) == (2, True), answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not list(tmp_path.glob("*.db")), "a server of its own was started"
+
+
+def test_a_limit_of_no_gpu_is_refused(site: Site) -> None:
+    with pytest.raises(AssertionError, match="GPUS: at least 1"):
+        site.command([*APPLY, "0"])
 
 
 def test_a_sensor_keeps_its_configuration_and_its_schedule_when_all_is_applied_again(site: Site, folder: Path) -> None:
