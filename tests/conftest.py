@@ -39,5 +39,6 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first: they wait much, and the others fill the time."""
-    items.sort(key=lambda item: item.get_closest_marker("deployments") is None)
+    """The long ones first, so that no process is left alone with one at the end."""
+    marks = ("deployments", "slow")
+    items.sort(key=lambda item: next((rank for rank, name in enumerate(marks) if item.get_closest_marker(name)), 2))

@@ -78,10 +78,14 @@ def test_a_pool_of_another_kind_is_not_turned_into_this_one(site: Site) -> None:
     assert {pool["updated"] for pool in site.post("work_pools/filter")} == {pool["updated"] for pool in before}
 
 
-@pytest.mark.parametrize("script", ["apply.py process", "sensor.py --renew", "automations.py"])
 @pytest.mark.parametrize(
-    ("url", "complaint"),
-    [("", "PREFECT_API_URL is not set"), ("http://127.0.0.1:9/api", "no Prefect server answers at PREFECT_API_URL=")],
+    ("script", "url", "complaint"),
+    [
+        ("apply.py process", "", "PREFECT_API_URL is not set"),
+        ("apply.py process", "http://127.0.0.1:9/api", "no Prefect server answers at PREFECT_API_URL="),
+        ("sensor.py --renew", "", "PREFECT_API_URL is not set"),
+        ("automations.py", "", "PREFECT_API_URL is not set"),
+    ],
 )
 def test_without_a_server_nothing_is_begun(script: str, url: str, complaint: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": url}

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_a_signal_for_the_whole_group_asks_a_stage_once(tmp_path: Path, number: 
     assert (tmp_path / "heard").read_text() == "SIGTERM", "one signal, and it was let finish"
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A shell has what it starts in the background ignore Ctrl-C, these tests perhaps too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_only_a_person_who_insists_ends_a_stage_in_the_middle() -> None:
     with stop_on_signals() as flag:
         for _ in range(3):
