@@ -63,6 +63,9 @@ def run(
         os.environ.setdefault("DO_NOT_TRACK", "1")
         # The server that Prefect starts beside a run takes long to come up on a busy machine.
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+        # loraline uses no blocks; to look for them it would load every integration of Prefect, every time: 5 s.
+        os.environ.setdefault("PREFECT_SERVER_REGISTER_BLOCKS_ON_START", "false")
+        os.environ.setdefault("PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION", "false")
         if not verbose:
             # Prefect's server gets all log lines; this terminal has bars and messages of its own.
             os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
