@@ -14,13 +14,13 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import EntrypointType
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Running, State
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import dispatch
 from flows.stage import stage_flow
 from stages.core.errors import LoralineError, PreemptedError, TransientError
 from stages.core.events import Recorder
 from stages.pipeline import Node
+from tests.servers.prefect import prefect_in_this_process
 
 pytestmark = pytest.mark.slow
 NODE, DEPLOYMENT = Node("train"), "stage/train"
@@ -28,7 +28,7 @@ NODE, DEPLOYMENT = Node("train"), "stage/train"
 
 @pytest.fixture(scope="module", autouse=True)
 def _server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
+    with prefect_in_this_process():
         with get_client(sync_client=True) as client:
             from prefect.client.schemas.actions import WorkPoolCreate
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import pipeline
 from flows.pipeline import pipeline_flow, stage_task
@@ -19,6 +18,7 @@ from stages.core.errors import LoralineError, TransientError
 from stages.core.events import Recorder, StageFinished, StageReused
 from stages.pipeline import Pipeline
 from tests.pictures import draw_pictures, small_config
+from tests.servers.prefect import prefect_in_this_process
 
 pytestmark = pytest.mark.slow
 ALL = ["download[blots]", "bucket[blots]", "latents[blots]", "embeds", "train", "publish"]
@@ -26,7 +26,7 @@ ALL = ["download[blots]", "bucket[blots]", "latents[blots]", "embeds", "train", 
 
 @pytest.fixture(scope="module", autouse=True)
 def _server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_in_this_process():
         yield
 
 

@@ -15,7 +15,7 @@ from stages.pipeline import Node, Pipeline
 from tests.flows.site import FINAL, Site, until
 from tests.pictures import draw_pictures
 
-pytestmark = [pytest.mark.slow, pytest.mark.kill, pytest.mark.deployments]
+pytestmark = [pytest.mark.slow, pytest.mark.kill, pytest.mark.deployments, pytest.mark.timeout(1500)]
 
 
 def test_the_sensor_starts_a_run_only_when_something_is_new(site: Site) -> None:

@@ -17,12 +17,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 from urllib.error import URLError
 
 import psutil
 
 ROOT = Path(__file__).parent.parent.parent
 START_S = 300
+# `prefect`, as where none of its integrations is installed: a worker of processes needs none, and loading them is most
+# of its start.
+WORKER = """
+from prefect._internal.plugins import collections
+collections._collections = {}
+from prefect.cli import app
+app()
+"""
 
 
 @dataclass
@@ -55,7 +64,7 @@ class PrefectServer:
         # Without --limit: a worker with one dies of a run that is retried while its process is still leaving.
         name = f"{pool}-{len(self.processes)}"
         worker = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name],
+            [sys.executable, "-c", WORKER, "worker", "start", "--pool", pool, "--name", name],
             env=env,
             cwd=ROOT,
             stdout=log,
@@ -111,7 +120,7 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = PrefectServer(f"http://127.0.0.1:{port}/api", home)
-    shutil.copyfile(_empty_database(), home / "prefect.db")
+    shutil.copyfile(empty_database(), home / "prefect.db")
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
@@ -127,7 +136,19 @@ def prefect_server(home: Path) -> Iterator[PrefectServer]:
             kill_trees(process)
 
 
-def _empty_database() -> Path:
+@contextmanager
+def prefect_in_this_process() -> Iterator[None]:
+    """Prefect's own harness (a server, and the settings of this process), with its tables made before."""
+    # Prefect reads its settings when it is imported.
+    from prefect.testing.utilities import prefect_test_harness
+
+    folder = tempfile.mkdtemp(prefix="prefect-")  # the harness deletes it
+    shutil.copyfile(empty_database(), Path(folder, "prefect-test.db"))
+    with patch("prefect.testing.utilities.mkdtemp", return_value=folder), prefect_test_harness(START_S):
+        yield
+
+
+def empty_database() -> Path:
     """A database with all of Prefect's tables: making them anew takes a server half of its start."""
     folder = Path(tempfile.gettempdir(), f"loraline-tests-{os.getuid()}-prefect-{version('prefect')}")
     folder.mkdir(mode=0o700, exist_ok=True)
