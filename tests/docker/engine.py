@@ -7,7 +7,8 @@ LORALINE_TEST_DOCKER     a folder to keep the daemon's images in between runs; e
 LORALINE_TEST_IMAGE      a finished image of target cpu to test, in place of building one
 LORALINE_REQUIRE_DOCKER  1: no engine is a failure, not a skip
 
-`python -m tests.docker.engine` starts one and says so, or says why there is none.
+`python -m tests.docker.engine` starts one and says so, or says why there is none. With --build it makes the image of
+target cpu, too: kept in LORALINE_TEST_DOCKER, it is there when the tests build it.
 """
 
 from __future__ import annotations
@@ -183,6 +184,10 @@ def main() -> int:
     try:
         with running_engine() as engine:
             print(f"a docker engine runs: {engine.run('version', '--format', '{{.Server.Version}}').stdout.strip()}")
+            if sys.argv[1:] == ["--build"]:
+                provide_base_image(engine)
+                provide_wheels(engine)
+                engine.build("cpu", "loraline:early")
     except EngineUnavailableError as reason:
         print(f"no docker engine: {reason}", file=sys.stderr)
         return 69

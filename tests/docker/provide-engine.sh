@@ -1,8 +1,9 @@
 #!/bin/sh
 # Sees to it that the tests with containers can run: installs an engine from Debian's packages where there is none and
-# this is root, and starts one for a moment. PYTHON names the Python to look with.
+# this is root, and starts one for a moment. With --build it also makes the image that they start with. PYTHON names the
+# Python to look with.
 #
-# Exit code 0: they can run. 69: they cannot, and the last line says why.
+# Exit code 0: they can run. 69: they cannot, and the last line says why. Another: the image could not be built.
 set -u
 cd "$(dirname "$0")/../.." || exit 69
 PATH=$PATH:/usr/sbin
@@ -24,4 +25,4 @@ if [ -z "${DOCKER_HOST:-}" ] && [ -n "$missing" ]; then
         exit 69
     fi
 fi
-exec "$python" -m tests.docker.engine
+exec "$python" -m tests.docker.engine "$@"
